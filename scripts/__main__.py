@@ -1,0 +1,142 @@
+"""Command line ``python -m scripts``: what ``monai.bundle`` does not do already."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import fire
+
+from scripts import benchmark, release
+from scripts.demo import draw_scan
+
+BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+
+
+def _bundle(name: str) -> Path:
+    folder = BUNDLES / name
+    if not (folder / "configs" / "metadata.json").is_file():
+        known = ", ".join(sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/metadata.json")))
+        sys.exit(f"no bundle '{name}'; there are: {known}")
+    return folder
+
+
+def list_bundles() -> None:
+    """Print every bundle with its version and what it does."""
+    for path in sorted(BUNDLES.glob("*/configs/metadata.json")):
+        meta = json.loads(path.read_text())
+        print(f"{path.parent.parent.name}  {meta['version']}  {meta['task']}")
+
+
+def demo(output_dir: str = "demo_output") -> None:
+    """Run brain_mri_anomaly_ddim on a generated scan that shows no patient, and print where the results are."""
+    bundle = _bundle("brain_mri_anomaly_ddim")
+    output = Path(output_dir).resolve()
+    release.run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True)
+    for ending, what in (
+        ("seg.nii.gz", "mask"),
+        ("map.nii.gz", "anomaly map"),
+        ("healthy.nii.gz", "pseudo-healthy scan"),
+        ("overview.png", "picture"),
+    ):
+        print(f"{what + ':':<20} {output / 'demo' / f'demo_{ending}'}")
+    print(f"{'table:':<20} {output / 'results.csv'}")
+
+
+def verify(*names: str, schema: str | None = None) -> None:
+    """Check bundles (all of them if none is named); print one line a fault, and exit with 1 if there is one.
+
+    Args:
+        names: bundles.
+        schema: file with MONAI's schema of the metadata; without it only the required keys are checked.
+    """
+    names = names or tuple(path.parent.parent.name for path in sorted(BUNDLES.glob("*/configs/metadata.json")))
+    faulty = False
+    for name in names:
+        faults = release.verify(_bundle(name), schema)
+        faulty |= bool(faults)
+        print("\n".join([f"{name}: {fault}" for fault in faults] or [f"{name}: verified"]))
+    if faulty:
+        sys.exit(1)
+
+
+def run_benchmark(name: str, dataset_dir: str, num_slices: int = 8, section: str = "validation") -> None:
+    """Time the published procedure against the bundle's default on the same slices with the same weights.
+
+    Args:
+        name: bundle.
+        dataset_dir: folder of labelled cases.
+        num_slices: slices to measure on, half of them with a lesion.
+        section: section of the cases.
+    """
+    benchmark.benchmark(_bundle(name), dataset_dir, num_slices, section)
+
+
+def run_tune(
+    name: str,
+    dataset_dir: str,
+    noise_levels: tuple[int, ...] = (200, 300, 400),
+    gradient_scales: tuple[float, ...] = (30, 100, 300),
+    num_slices: int = 48,
+    section: str = "validation",
+    figure: str | None = None,
+    **settings: object,
+) -> None:
+    """Print a table of Dice and AUROC over the gradient scale for several noise levels, as in the paper's figure.
+
+    Args:
+        name: bundle.
+        dataset_dir: folder of labelled cases.
+        noise_levels: levels L.
+        gradient_scales: scales s.
+        num_slices: slices to measure on, half of them with a lesion.
+        section: section of the cases.
+        figure: PNG to draw, or None.
+        settings: other arguments of the network.
+    """
+    benchmark.tune(_bundle(name), dataset_dir, noise_levels, gradient_scales, num_slices, section, figure, settings)
+
+
+def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
+    """Print the mean Dice over the test volumes of a plain threshold on one sequence (1 is FLAIR).
+
+    Args:
+        name: bundle.
+        dataset_dir: folder of labelled cases.
+        channel: number of the sequence.
+    """
+    benchmark.grey_level_baseline(_bundle(name), dataset_dir, channel)
+
+
+def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
+    """Draw a scan that shows no patient with the bundle's diffusion model.
+
+    Args:
+        name: bundle.
+        path: file to write, .nii.gz.
+        seed: seed of the noise.
+        num_slices: number of slices.
+    """
+    draw_scan(_bundle(name), Path(path), num_slices, seed)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    fire.Fire(
+        {
+            "list": list_bundles,
+            "demo": demo,
+            "verify": verify,
+            "benchmark": run_benchmark,
+            "tune": run_tune,
+            "baseline": run_baseline,
+            "draw": draw,
+        },
+        name="scripts",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Readers for the layouts of public data sets, splits by patient, and the datasets that feed the engines.
+
+A *case* is a dictionary with ``case`` (its name), ``image`` (a path, or a list of paths in the order of the sequences,
+None for one that is missing) and, where there is one, ``label`` (path of the mask), ``slice_labels`` (0 or 1 for each
+slice) or ``class_label`` (0 healthy, 1 diseased, for a 2-D image).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from monai.transforms import Randomizable
+from monai.utils import ensure_tuple
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+__all__ = [
+    "BalancedBatchSampler",
+    "CohortDataset",
+    "SliceDataset",
+    "add_slice_labels",
+    "find_cases",
+    "folder_pair",
+    "root_cause",
+    "section_of",
+    "take_section",
+    "training_cases",
+    "unfinished",
+]
+
+logger = logging.getLogger(__name__)
+
+NIFTI = (".nii.gz", ".nii")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", *NIFTI)
+
+
+def _stem(path: Path) -> str:
+    return next((path.name[: -len(ending)] for ending in NIFTI if path.name.endswith(ending)), path.stem)
+
+
+def _nifti(folder: Path, stem: str) -> str | None:
+    return next((str(folder / (stem + e)) for e in NIFTI if (folder / (stem + e)).is_file()), None)
+
+
+def _patient(folder: Path, sequences: Sequence[str], label: str) -> dict | None:
+    """Case of a folder ``<patient>/<patient>_<sequence>.nii.gz`` or of a folder with one DICOM series, if it is one."""
+    images = [_nifti(folder, f"{folder.name}_{sequence}") for sequence in sequences]
+    if any(images):
+        case = {"case": folder.name, "image": images}
+        mask = _nifti(folder, f"{folder.name}_{label}")
+        return {**case, "label": mask} if mask else case
+    if any(folder.glob("[!.]*.dcm")):
+        return {"case": folder.name, "image": str(folder)}
+    return None
+
+
+def find_cases(dataset_dir: str | Path, sequences: Sequence[str], label: str = "seg", section: str = "all") -> list[dict]:
+    """Cases of a folder, sorted by name.
+
+    Args:
+        dataset_dir: a folder of patients in the layout of BraTS (``<patient>/<patient>_<sequence>.nii.gz``, mask
+            ``<patient>_<label>.nii.gz``), of DICOM series (a folder each) or of NIfTI files (one a case, mask
+            ``<case>_<label>.nii.gz``); one such patient's folder, or one file.
+        sequences: file suffixes of the sequences, in the order of the network's channels.
+        label: file suffix of the masks.
+        section: ``training``, ``validation`` or ``test``, or ``all``; see :func:`section_of`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or nothing in it.
+    """
+    root = Path(dataset_dir).absolute()  # "." has no name
+    if root.is_file():
+        return [{"case": _stem(root), "image": str(root)}]
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; give the folder of the scans by --dataset_dir")
+    own = _patient(root, sequences, label)
+    if own:
+        return [own]
+    cases = []
+    for path in sorted(root.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            case = _patient(path, sequences, label)
+            cases.append(case)
+            if case is None:
+                logger.warning(f"{path}: left out, it has neither {path.name}_{sequences[0]}.nii.gz nor DICOM files")
+        elif path.name.endswith(NIFTI) and not _stem(path).endswith(f"_{label}"):
+            mask = _nifti(root, f"{_stem(path)}_{label}")
+            cases.append({"case": _stem(path), "image": str(path), **({"label": mask} if mask else {})})
+    cases = [case for case in cases if case]
+    if not cases:
+        raise FileNotFoundError(
+            f"{root}: no scan found; expected <patient>/<patient>_{sequences[0]}.nii.gz, one NIfTI file a case, "
+            "or one folder a DICOM series"
+        )
+    return take_section(cases, section)
+
+
+def folder_pair(dataset_dir: str | Path) -> list[dict]:
+    """Cases of a folder with 2-D images in ``healthy/`` and ``diseased/``, as prepared from CheXpert in the DDIM paper.
+
+    A file's patient is what its name has before the first ``_``, so that a patient's images stay in one section.
+    """
+    return [
+        {"case": f"{name}/{_stem(path)}", "patient": _stem(path).split("_")[0], "image": str(path), "class_label": label}
+        for label, name in enumerate(("healthy", "diseased"))
+        for path in sorted((Path(dataset_dir) / name).iterdir())
+        if path.name.lower().endswith(PICTURES) and not path.name.startswith(".")
+    ]
+
+
+def add_slice_labels(cases: list[dict], path: str | Path) -> list[dict]:
+    """Give cases ``slice_labels`` from a CSV file with the columns ``case``, ``slice`` (from 0) and ``label`` (0 or 1).
+
+    Raises:
+        ValueError: if a column is missing, or a case's slices are not all there.
+    """
+    labels: dict[str, dict[int, int]] = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if not {"case", "slice", "label"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: needs the columns case, slice and label, has {rows.fieldnames}")
+        for row in rows:
+            if not (row["slice"] or "").isdecimal() or row["label"] not in ("0", "1"):
+                raise ValueError(f"{path}: line {rows.line_num} needs a slice number, from 0, and a label, 0 or 1")
+            labels.setdefault(row["case"], {})[int(row["slice"])] = int(row["label"])
+    for case, slices in labels.items():
+        if sorted(slices) != list(range(len(slices))):
+            raise ValueError(f"{path}: case {case} needs one row for every slice, numbered from 0")
+    return [
+        {**case, "slice_labels": [labels[case["case"]][i] for i in range(len(labels[case["case"]]))]}
+        for case in cases
+        if case["case"] in labels
+    ]
+
+
+def section_of(patient: str, fractions: Sequence[float] = (0.15, 0.1), seed: int = 0) -> str:
+    """Section of a patient, ``test``, ``validation`` or ``training``, by a hash of its name.
+
+    The SHA-256 of ``<seed>:<patient>`` gives a number in [0, 1): below ``fractions[0]`` is test, the next
+    ``fractions[1]`` validation. New patients never move old ones.
+    """
+    number = int(hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()[:8], 16) / 2**32
+    test, validation = fractions
+    return "test" if number < test else "validation" if number < test + validation else "training"
+
+
+def take_section(cases: list[dict], section: str = "all", **split: object) -> list[dict]:
+    """Cases of one section, or all of them, see :func:`section_of`."""
+    return [c for c in cases if section == "all" or section_of(c.get("patient", c["case"]), **split) == section]
+
+
+def training_cases(
+    dataset_dir: str | Path, sequences: Sequence[str], section: str, slice_labels: str | None = None, **split: object
+) -> list[dict]:
+    """Cases to train on: a folder pair of 2-D images, volumes with masks, or volumes with a CSV of slice labels.
+
+    Raises:
+        FileNotFoundError: if no case of the folder has a label.
+    """
+    if (Path(dataset_dir) / "healthy").is_dir() and (Path(dataset_dir) / "diseased").is_dir():
+        cases = folder_pair(dataset_dir)
+    else:
+        cases = find_cases(dataset_dir, sequences)
+        cases = add_slice_labels(cases, slice_labels) if slice_labels else [c for c in cases if "label" in c]
+    if not cases:
+        raise FileNotFoundError(
+            f"{dataset_dir}: no labelled case; training needs masks (<patient>_seg.nii.gz), "
+            "--slice_labels <a CSV file>, or the folders healthy/ and diseased/"
+        )
+    chosen = take_section(cases, section, **split)
+    if not chosen:
+        raise FileNotFoundError(
+            f"{dataset_dir}: none of the {len(cases)} labelled cases falls into the {section} section; add patients"
+        )
+    return chosen
+
+
+def unfinished(cases: list[dict], output_dir: str | Path, overwrite: bool = False) -> list[dict]:
+    """Cases that have no row yet in ``output_dir/results.csv``, or all of them with ``overwrite``."""
+    results = Path(output_dir) / "results.csv"
+    if overwrite or not results.is_file():
+        return cases
+    with open(results, newline="") as file:
+        finished = {row["case"] for row in csv.DictReader(file)}
+    left = [case for case in cases if case["case"] not in finished]
+    if len(left) < len(cases):
+        logger.info(f"{len(cases) - len(left)} cases are finished already (--overwrite true does them again)")
+    return left
+
+
+def root_cause(error: BaseException) -> str:
+    """One line that says what went wrong, from below the layers that MONAI's ``Compose`` wraps around an error."""
+    while str(error).startswith("applying transform") and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class CohortDataset(Dataset):
+    """Dataset of cases in which one that can't be read does not stop the others.
+
+    Such a case comes as ``{"case": name, "failure": one line}``, which
+    :class:`scripts.engines.CohortEvaluator` reports and leaves out.
+
+    Args:
+        data: cases.
+        transform: preprocessing.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Callable) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict:
+        case = self.data[index]
+        try:
+            return self.transform(dict(case))
+        except Exception as error:
+            return {"case": case["case"], "failure": root_cause(error)}
+
+
+class SliceDataset(Dataset):
+    """Labelled slices of a list of cases, held in memory in half precision (1 MB for 10 slices of 3 x 128 x 128).
+
+    Args:
+        data: cases, with ``label``, ``slice_labels`` or ``class_label``.
+        transform: preprocessing that ends with :class:`scripts.transforms.ExtractSlicesd`.
+        augmentation: random transforms of a slice, or None.
+
+    Raises:
+        ValueError: naming every case that can't be read, before any training, or if a class has no slice.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Callable, augmentation: Callable | None = None) -> None:
+        self.augmentation = augmentation
+        self.slices: list[dict] = []
+        failures = []
+        for case in tqdm(data, desc="reading cases", disable=None):
+            # MONAI Label's cases are {"image", "label"} without a name
+            name = case.get("case") or Path(next(filter(None, ensure_tuple(case["image"])))).name
+            try:
+                slices = transform({**case, "case": name})
+            except Exception as error:
+                failures.append(f"{name}: {root_cause(error)}")
+                continue
+            self.slices += [{**s, "image": s["image"].half()} for s in slices]
+        if failures:
+            raise ValueError(f"{len(failures)} of {len(data)} cases can't be used for training:\n" + "\n".join(failures))
+        self.class_labels = np.array([s["class_label"] for s in self.slices])
+        self.positions = np.array([s["position"] for s in self.slices])
+        classes = sorted(set(self.class_labels.tolist()))
+        if classes != [0, 1]:
+            raise ValueError(
+                f"training needs healthy (0) and diseased (1) slices, found the classes {classes} in {len(data)} cases"
+            )
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        """Slice ``index``, or ``(index, seed)`` with the seed of its augmentation."""
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        item = {"image": self.slices[index]["image"].float(), "class_label": self.slices[index]["class_label"]}
+        if self.augmentation is None or seed is None:
+            return item
+        if isinstance(self.augmentation, Randomizable):
+            self.augmentation.set_random_state(seed=seed)
+        return self.augmentation(item)
+
+
+class BalancedBatchSampler(Sampler):
+    """Endless batches, half healthy and half diseased, each a function of the seed and its number alone.
+
+    So training that is cut off resumes with exactly the batches that were to come: set ``start`` and iterate. Healthy
+    slices are drawn mostly from where in the volume diseased ones lie; otherwise the classifier learns the height of a
+    slice in the head in place of the lesion.
+
+    Args:
+        dataset: has ``class_labels`` and ``positions`` (0 ... 1), one for each slice.
+        batch_size: slices in a batch.
+        matched: share of the healthy slices that is drawn by the positions of the diseased; the rest evenly.
+        seed: seed of all batches.
+        rank: this process takes batches ``rank``, ``rank + world_size``, ... of the sequence.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset: SliceDataset,
+        batch_size: int,
+        matched: float = 0.7,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.batch_size, self.seed, self.start = batch_size, seed, 0
+        self.rank, self.world_size = rank, world_size
+        self.healthy, self.diseased = (np.flatnonzero(dataset.class_labels == label) for label in (0, 1))
+        bins = np.minimum((dataset.positions * 10).astype(int), 9)
+        counts = [np.bincount(bins[part], minlength=10) for part in (self.healthy, self.diseased)]
+        weight = (counts[1] / np.maximum(counts[0], 1))[bins[self.healthy]]
+        evenly = np.full(len(self.healthy), 1 / len(self.healthy))
+        self.weight = matched * weight / weight.sum() + (1 - matched) * evenly if weight.sum() else evenly
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for iteration in itertools.count(self.start):
+            rng = np.random.default_rng([self.seed, iteration * self.world_size + self.rank])
+            num_diseased = self.batch_size // 2
+            chosen = np.concatenate(
+                [
+                    rng.choice(self.diseased, num_diseased),
+                    rng.choice(self.healthy, self.batch_size - num_diseased, p=self.weight),
+                ]
+            )
+            seeds = rng.integers(2**31, size=self.batch_size)
+            yield list(zip(chosen.tolist(), seeds.tolist(), strict=True))

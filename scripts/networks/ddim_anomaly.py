@@ -1,0 +1,322 @@
+"""Weakly supervised anomaly segmentation: DDIM with classifier guidance (Wolleb et al. 2022, arXiv 2203.04306)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from monai.networks.layers import GaussianFilter
+from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder, DiffusionModelUNet
+from torch import Tensor, nn
+
+from scripts.losses import variational_bound
+from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, level_grid, noise_from_v, noise_image
+from scripts.transforms import has_foreground
+
+__all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
+
+# the classes of the classifier, named here and nowhere else: guidance runs towards HEALTHY
+HEALTHY, DISEASED = 0, 1
+
+
+class AttentionPool(nn.Module):
+    """Pool a feature map into class logits by a learned weighting of its places.
+
+    Attention pooling as in the classifier of Dhariwal & Nichol 2021 (arXiv 2105.05233), here with a learned score for
+    each head and place (Ilse et al. 2018, arXiv 1802.04712).
+
+    Args:
+        in_channels: channels of the feature map.
+        out_channels: number of classes.
+        num_heads: number of weightings.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_heads: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, in_channels)
+        self.score = nn.Linear(in_channels, num_heads)
+        self.out = nn.Linear(in_channels * num_heads, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, out_channels)."""
+        x = nn.functional.silu(self.norm(x)).flatten(2).transpose(1, 2)
+        weight = self.score(x).softmax(dim=1)
+        return self.out(torch.einsum("bnh,bnc->bhc", weight, x).flatten(1))
+
+
+class DDIMAnomalyNet(nn.Module):
+    """Encode a slice into noise by DDIM, decode it guided towards health, and take the difference.
+
+    One module holds the U-Net, which estimates the noise, and the classifier p(class | x_t, t). Both see the slice with
+    ``fold`` x ``fold`` pixels rearranged into channels, which is exact and makes them four times cheaper (fold 2).
+
+    Args:
+        in_channels: number of sequences, C.
+        spatial_size: height and width of a slice; multiples of ``fold`` x 2^(number of the classifier's levels).
+        fold: edge of the pixel block that is folded into channels.
+        channels: channels of the U-Net's levels, multiples of 16; the lowest has attention and is a multiple of 32.
+        classifier_channels: the same for the classifier; its last level but one has attention.
+        schedule: noise schedule, see :func:`scripts.samplers.alphas_cumprod_table`.
+        prediction_type: what the U-Net is trained to return, ``epsilon`` or ``v_prediction``.
+        num_levels: number of noising steps T.
+        level_power: training levels are drawn as T·u^level_power, u uniform; above 1 the lower levels, which are the ones
+            that inference uses, come more often.
+        noise_level: level L up to which a slice is encoded.
+        gradient_scale: guidance scale s; 0 returns the input up to the solver's error.
+        num_steps: number of steps of the encoding and of the decoding.
+        guidance_steps: 0 puts the guidance into the noise estimate, as in the paper. That needs many steps: a long one goes
+            too far along one gradient, and bright and dark blobs appear where nothing was. k > 0 takes the guidance out of
+            the solver: after each of its steps come k short ones along the classifier's gradient, renewed each time. As
+            the classifier is far cheaper than the U-Net, few steps of the solver are then enough (operator splitting).
+        solver: ``ddim`` (first order, as in the paper), ``heun``, ``multistep`` or ``dpmpp_2m``.
+        mode: ``ddim``, or ``ddpm`` for the paper's comparison: noised in one jump, decoded by stochastic sampling.
+        map_weights: weight of each sequence in the anomaly map; None for 1 each, as in the paper.
+        darker_weight: weight of what is darker than its healthy version, against what is brighter; 1 as in the paper.
+        smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none, as in the paper.
+        gate: multiply a slice's anomaly map by its probability of disease, so that what changed in a slice that looks
+            healthy counts little; False, as in the paper.
+        min_foreground: slices with a smaller share of foreground are skipped and return zero.
+        foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
+        seed: seed of the noise of ``ddpm`` mode; every slice gets the same noise, so that batches do not matter.
+        amp: bfloat16 arithmetic in the networks.
+
+    Raises:
+        ValueError: for an unknown solver, mode or prediction type, a level beyond ``num_levels``, or a size that can't be
+            halved often enough.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        spatial_size: Sequence[int] = (128, 128),
+        fold: int = 2,
+        channels: Sequence[int] = (64, 96, 128),
+        classifier_channels: Sequence[int] = (48, 96, 128, 128),
+        schedule: str = "linear",
+        prediction_type: str = "epsilon",
+        num_levels: int = 1000,
+        level_power: float = 1.5,
+        noise_level: int = 300,
+        gradient_scale: float = 100.0,
+        num_steps: int = 10,
+        guidance_steps: int = 4,
+        solver: str = "multistep",
+        mode: str = "ddim",
+        map_weights: Sequence[float] | None = None,
+        darker_weight: float = 1.0,
+        smoothing: float = 0.0,
+        gate: bool = False,
+        min_foreground: float = 0.05,
+        foreground_level: float = 0.1,
+        seed: int = 0,
+        amp: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("solver", solver, SOLVERS),
+            ("mode", mode, ("ddim", "ddpm")),
+            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
+        if not 1 <= noise_level <= num_levels:
+            raise ValueError(f"noise_level must lie in 1 ... {num_levels}, got {noise_level}")
+        multiple = fold * 2 ** max(len(classifier_channels), len(channels) - 1)
+        if any(size % multiple for size in spatial_size):
+            raise ValueError(f"spatial_size must be multiples of {multiple}, got {tuple(spatial_size)}")
+        self.in_channels, self.spatial_size = in_channels, tuple(spatial_size)
+        self.prediction_type, self.num_levels, self.level_power = prediction_type, num_levels, level_power
+        self.noise_level, self.gradient_scale, self.num_steps = noise_level, gradient_scale, num_steps
+        self.guidance_steps, self.solver, self.mode, self.seed, self.amp = guidance_steps, solver, mode, seed, amp
+        self.map_weights = tuple(map_weights or [1.0] * in_channels)
+        self.darker_weight, self.smoothing, self.gate = darker_weight, smoothing, gate
+        if len(self.map_weights) != in_channels:
+            raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
+        self.min_foreground, self.foreground_level = min_foreground, foreground_level
+
+        folded = in_channels * fold**2
+        self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
+        self.unet = DiffusionModelUNet(
+            spatial_dims=2,
+            in_channels=folded,
+            out_channels=2 * folded,  # noise (or v), and the place of the log variance between its bounds
+            channels=channels,
+            attention_levels=[level == len(channels) - 1 for level in range(len(channels))],
+            num_res_blocks=1,
+            num_head_channels=32,
+            norm_num_groups=16,
+        )
+        depth = len(classifier_channels)
+        self.classifier = DiffusionModelEncoder(
+            spatial_dims=2,
+            in_channels=folded,
+            out_channels=2,
+            input_shape=[size // fold for size in spatial_size],
+            channels=classifier_channels,
+            attention_levels=[level == depth - 2 for level in range(depth)],
+            num_res_blocks=1,
+            num_head_channels=32,
+            norm_num_groups=16,
+        )
+        # MONAI's dense head knows every place by heart; pooling by attention needs few patients
+        lowest = [size // fold // 2**depth for size in spatial_size]
+        self.classifier.out = nn.Sequential(
+            nn.Unflatten(1, (classifier_channels[-1], *lowest)), AttentionPool(classifier_channels[-1], 2)
+        )
+        self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
+
+    def _run(self, network: nn.Module, x: Tensor, t: Tensor | int) -> Tensor:
+        """Call a sub-network on the folded x; level t is the networks' step t - 1, counted from 0."""
+        step = torch.as_tensor(t, device=x.device).sub(1).clamp(min=0).expand(len(x))
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return network(self.fold(x), step).float()
+
+    def estimate(self, x: Tensor, t: Tensor | int, target: int | None = None) -> tuple[Tensor, Tensor]:
+        """What the U-Net makes of x at level t.
+
+        Args:
+            x: noised slices (B, C, H, W), grey levels in [-1, 1] under the noise.
+            t: level, one or one for each slice.
+            target: class that the noise estimate steers to: noise - s·sqrt(1 - a)·gradient (paper, algorithm 1); None for
+                no guidance.
+
+        Returns:
+            the noise, and the place of the log variance between its bounds (0 and 1); both with the shape of x.
+        """
+        noise, raw = self.unfold(self._run(self.unet, x, t)).chunk(2, dim=1)
+        if self.prediction_type == "v_prediction":
+            noise = noise_from_v(x, noise, self._alpha(t))
+        if target is not None:
+            noise = noise - self.gradient_scale * (1 - self._alpha(t)).sqrt() * self.gradient(x, t, target)
+        return noise, (raw + 1) / 2
+
+    def _alpha(self, t: Tensor | int) -> Tensor:
+        """Entry of the table for levels t, shaped to broadcast over (B, C, H, W)."""
+        return self.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
+
+    def noise(self, x: Tensor, t: int, target: int | None = None) -> Tensor:
+        """First part of :meth:`estimate`."""
+        return self.estimate(x, t, target)[0]
+
+    def gradient(self, x: Tensor, t: int, target: int = HEALTHY) -> Tensor:
+        """Gradient of log p(target | x, t) by x, (B, C, H, W)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            log_p = self._run(self.classifier, x, t).log_softmax(dim=1)[:, target].sum()
+            return torch.autograd.grad(log_p, x)[0]
+
+    def guide(self, x: Tensor, t: int, s: int, target: int = HEALTHY) -> Tensor:
+        """The guidance's part of a step from level t down to s, in ``guidance_steps`` short steps at level s.
+
+        With the guided noise in the ODE dx / dangle = v (see :mod:`scripts.samplers`), its part is
+        dx / dangle = -s·tan(angle)·gradient.
+        """
+        start, end = (torch.atan2((1 - a).sqrt(), a.sqrt()) for a in self.alphas_cumprod[[t, s]])
+        step = (self.gradient_scale * (start - end) * torch.tan((start + end) / 2) / self.guidance_steps).item()
+        for _ in range(self.guidance_steps):
+            x = x + step * self.gradient(x, s, target)
+        return x
+
+    def probability(self, image: Tensor) -> Tensor:
+        """Probability (B,) that a slice (B, C, H, W) in [0, 1] is diseased, of the slice without noise."""
+        with torch.no_grad():
+            return self._run(self.classifier, 2 * image - 1, 0).softmax(dim=1)[:, DISEASED]
+
+    def anomaly_map(self, image: Tensor, healthy: Tensor) -> Tensor:
+        """Weighted sum of the differences (B, 1, H, W) between slices and their healthy versions, both (B, C, H, W)."""
+        difference = image - healthy
+        difference = difference.clamp(min=0) + self.darker_weight * (-difference).clamp(min=0)
+        anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(self.map_weights)).unsqueeze(1)
+        if self.smoothing > 0:
+            anomaly = GaussianFilter(spatial_dims=2, sigma=self.smoothing).to(image.device)(anomaly)
+        return anomaly
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] to noised images at level ``noise_level``, without guidance."""
+        x = 2 * image - 1
+        if self.mode == "ddpm":
+            return noise_image(x, self._draw(x, self._generator(x)), self._alpha(self.noise_level))
+        return SOLVERS[self.solver](self.noise, x, self._levels(), self.alphas_cumprod)
+
+    def decode(self, x: Tensor, target: int = HEALTHY) -> Tensor:
+        """Noised images at level ``noise_level`` to slices (B, C, H, W), guided towards the target class."""
+        levels = self._levels()[::-1]
+        inside = target if self.gradient_scale and not self.guidance_steps else None
+        outside = {"correct": partial(self.guide, target=target)} if self.gradient_scale and self.guidance_steps else {}
+        if self.mode == "ddpm":
+            draw = partial(self._draw, generator=self._generator(x, stream=1))
+            x = ddpm(partial(self.estimate, target=inside), x, levels, self.alphas_cumprod, draw_noise=draw, **outside)
+        else:
+            x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)
+        return (x + 1) / 2
+
+    def _levels(self) -> list[int]:
+        return level_grid(self.noise_level, self.num_steps)
+
+    def _generator(self, x: Tensor, stream: int = 0) -> torch.Generator:
+        return torch.Generator(x.device).manual_seed(2 * self.seed + stream)
+
+    def _draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype).expand_as(x)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Whole method on a batch of slices.
+
+        Args:
+            image: slices (B, C, H, W), grey levels in [0, 1]; or volumes (B, C, H, W, D), whose slices are taken as one
+                batch (``SliceInferer`` bounds the memory).
+
+        Returns:
+            (B, C + 2, H, W[, D]): the anomaly map (0 or more; by default the sum of the absolute differences), the C
+            pseudo-healthy sequences, and the probability of disease, constant over a slice. Slices with too little
+            foreground are zero throughout.
+
+        Raises:
+            ValueError: if the number of sequences or the size of the slices is not the network's.
+        """
+        if image.ndim == 5:
+            slices = self(image.movedim(-1, 1).flatten(0, 1))
+            return slices.unflatten(0, (len(image), -1)).movedim(1, -1)
+        expected = (self.in_channels, *self.spatial_size)
+        if image.shape[1:] != expected:
+            raise ValueError(f"expected slices of shape {expected}, got {tuple(image.shape[1:])}")
+        output = image.new_zeros(len(image), self.in_channels + 2, *self.spatial_size)
+        seen = has_foreground(image, self.foreground_level, self.min_foreground)
+        if seen.any():
+            image = image[seen].float().contiguous()  # the same rounding however the scan is stored
+            healthy = self.decode(self.encode(image))
+            anomaly = self.anomaly_map(image, healthy)
+            probability = self.probability(image).view(-1, 1, 1, 1).expand_as(anomaly)
+            if self.gate:
+                anomaly = anomaly * probability
+            output[seen] = torch.cat([anomaly, healthy, probability], dim=1).to(output.dtype)
+        return output
+
+    def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of U-Net and classifier on the same noised batch; their sum is what training minimises.
+
+        Args:
+            image: slices (B, C, H, W) in [0, 1].
+            class_label: (B,), ``HEALTHY`` or ``DISEASED``.
+            generator: source of the levels and of the noise.
+
+        Returns:
+            ``noise``: mean squared error of the U-Net's estimate (Ho et al. 2020, eq. 14); ``variance``: the bound's
+            term for the learned variance, in bits (together Nichol & Dhariwal's hybrid objective, whose weight 0.001 times
+            T = 1000 terms is 1); ``classifier``: cross-entropy.
+        """
+        x0 = 2 * image - 1
+        u = torch.rand(len(x0), generator=generator, device=x0.device)
+        t = 1 + (self.num_levels * u**self.level_power).long().clamp(max=self.num_levels - 1)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        a = self._alpha(t)
+        x = noise_image(x0, noise, a)
+        pred, fraction = self.estimate(x, t)
+        error = pred - noise if self.prediction_type == "epsilon" else (pred - noise) / a.sqrt()  # in v: divided by sqrt(a)
+        return {
+            "noise": (error**2).mean(),
+            "variance": variational_bound(pred, fraction, noise, t, self.alphas_cumprod),
+            "classifier": nn.functional.cross_entropy(self._run(self.classifier, x, t), class_label),
+        }

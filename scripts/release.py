@@ -1,0 +1,155 @@
+"""Checks that a bundle is whole and works, before anybody downloads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from jsonschema import validate
+from monai.bundle import ConfigParser, verify_net_in_out
+from monai.bundle.properties import InferProperties, TrainProperties
+from monai.utils import BundleProperty, BundlePropertyConfig
+
+from scripts.benchmark import build_network
+from scripts.files import sha256_of
+
+__all__ = ["run_inference", "verify"]
+
+REQUIRED_FILES = (
+    "LICENSE",
+    "configs/metadata.json",
+    "configs/inference.json",
+    "configs/evaluate.json",
+    "configs/train.json",
+    "configs/logging.conf",
+    "docs/README.md",
+    "docs/data_license.txt",
+    "models/model.pt",
+)
+REQUIRED_KEYS = (
+    "schema",
+    "version",
+    "changelog",
+    "monai_version",
+    "pytorch_version",
+    "numpy_version",
+    "required_packages_version",
+    "name",
+    "task",
+    "description",
+    "authors",
+    "copyright",
+    "intended_use",
+    "weights_sha256",
+    "network_data_format",
+)
+MAX_WEIGHTS = 20 * 2**20  # bytes
+
+
+def run_inference(bundle: Path, dataset_dir: Path, output_dir: Path, **settings: object) -> None:
+    """Run the bundle's inference as a user does, in its folder, by ``monai.bundle run``.
+
+    Raises:
+        RuntimeError: with the end of what it printed, if it fails.
+    """
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    for name, value in {"dataset_dir": dataset_dir, "output_dir": output_dir, **settings}.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, cwd=bundle, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError("\n".join((done.stderr or done.stdout).strip().splitlines()[-3:]))
+
+
+def verify(bundle: Path, schema: str | None = None) -> list[str]:
+    """Faults of a bundle, one line each; none for a sound one.
+
+    Checked are the files, the metadata (against MONAI's schema, if a file with it is given), MONAI's properties of the
+    configurations, the weights (size, SHA-256, tensors only, every name the network's), the network's input and output as
+    the metadata describe them, and a run on a small generated scan whose axes are not RAS.
+    """
+    faults = [f"{name} is missing" for name in REQUIRED_FILES if not (bundle / name).is_file()]
+    if faults:
+        return faults
+    meta = json.loads((bundle / "configs" / "metadata.json").read_text())
+    for check in (_metadata_faults, _property_faults, _weight_faults, _network_faults, _orientation_faults):
+        try:
+            faults += check(bundle, meta, schema) if check is _metadata_faults else check(bundle, meta)
+        except Exception as error:  # a check that can't be made is a fault of its own
+            faults.append(f"{check.__name__[1:-7]}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    return faults
+
+
+def _metadata_faults(bundle: Path, meta: dict, schema: str | None = None) -> Iterator[str]:
+    yield from (f"metadata.json has no '{key}'" for key in REQUIRED_KEYS if key not in meta)
+    if meta.get("name") != bundle.name:
+        yield f"metadata.json is named {meta.get('name')}, the folder {bundle.name}"
+    if meta.get("version") not in meta.get("changelog", {}):
+        yield f"version {meta.get('version')} is not in the changelog"
+    if schema:
+        validate(meta, json.loads(Path(schema).read_text()))
+    for word in ("detection", "classification"):
+        if word in bundle.name:
+            yield f"a name with '{word}' makes MONAI Label's inference fail"
+
+
+def _property_faults(bundle: Path, meta: dict) -> Iterator[str]:
+    for kind, properties in (("inference", InferProperties), ("train", TrainProperties)):
+        parser = ConfigParser()
+        parser.read_config(bundle / "configs" / f"{kind}.json")
+        parser.read_meta(bundle / "configs" / "metadata.json")
+        for name, about in properties.items():
+            if about[BundleProperty.REQUIRED] and about[BundlePropertyConfig.ID] not in parser:
+                yield f"{kind}.json has no '{name}' ({about[BundlePropertyConfig.ID]})"
+
+
+def _weight_faults(bundle: Path, meta: dict) -> Iterator[str]:
+    path = bundle / "models" / "model.pt"
+    if path.stat().st_size > MAX_WEIGHTS:
+        yield f"model.pt has {path.stat().st_size} bytes, more than {MAX_WEIGHTS}"
+    if sha256_of(path) != meta["weights_sha256"]:
+        yield f"model.pt has the SHA-256 {sha256_of(path)}, metadata.json says {meta['weights_sha256']}"
+    state = torch.load(path, weights_only=True)
+    yield from (f"model.pt: {k} is no tensor" for k, value in state.items() if not isinstance(value, torch.Tensor))
+    build_network(bundle)  # loads them strictly
+
+
+def _network_faults(bundle: Path, meta: dict) -> Iterator[str]:
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=str(bundle / "configs" / "inference.json"),
+        device="cpu",
+    )
+    yield from ()
+
+
+def _orientation_faults(bundle: Path, meta: dict) -> Iterator[str]:
+    """The same scan stored with other axes must give the same result, voxel by voxel."""
+    scan = nib.load(bundle / "docs" / "demo.nii.gz")
+    slices = slice(scan.shape[2] // 2 - 1, scan.shape[2] // 2 + 1)
+    data = np.asarray(scan.dataobj)[:, :, slices]
+    flips = nib.orientations.axcodes2ornt("ASL")  # no axis stays where it was
+    turned = nib.Nifti1Image(data, scan.affine).as_reoriented(
+        nib.orientations.ornt_transform(nib.io_orientation(scan.affine), flips)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "scans").mkdir()
+        nib.save(nib.Nifti1Image(data, scan.affine), root / "scans" / "plain.nii.gz")
+        nib.save(turned, root / "scans" / "turned.nii.gz")
+        run_inference(bundle, root / "scans", root / "out")
+        for ending in ("seg", "map", "healthy"):
+            plain, other = (nib.load(root / "out" / name / f"{name}_{ending}.nii.gz") for name in ("plain", "turned"))
+            if other.shape[:3] != turned.shape[:3] or not np.allclose(other.affine, turned.affine):
+                yield f"the {ending} of a scan stored as ASL lies on another grid than the scan"
+                continue
+            back = nib.as_closest_canonical(other).get_fdata()
+            if not np.allclose(back, nib.as_closest_canonical(plain).get_fdata(), atol=1e-2):
+                yield f"the {ending} of a scan stored as ASL differs from that of the same scan stored as RAS"

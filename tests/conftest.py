@@ -1,0 +1,47 @@
+"""Made scans, and the folders of the project, for tests that need more than one module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' networks are too small to share out
+ROOT = Path(__file__).resolve().parent.parent
+LGG = ROOT.parent / "shared" / "data" / "lgg"
+
+
+def make_head(num_slices: int = 3, num_sequences: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A made scan (128, 128, num_slices, num_sequences), and the mask of its bright lesion in every second slice."""
+    rng = np.random.default_rng(seed)
+    x, y = np.mgrid[-1:1:128j, -1:1:128j]
+    head = ((x / 0.7) ** 2 + (y / 0.85) ** 2 < 1).astype(np.float32)
+    scan = head[..., None, None] * rng.normal(90, 5, (128, 128, num_slices, num_sequences))
+    mask = np.zeros((128, 128, num_slices), np.uint8)
+    mask[70:85, 60:75, ::2] = 1
+    scan[..., min(1, num_sequences - 1)] += 60 * mask
+    return scan.clip(0, 255).astype(np.uint8), mask
+
+
+def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    """Write an array as NIfTI, on a grid of 2 x 2 x 5 mm if no other is given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, np.diag([2.0, 2.0, 5.0, 1.0]) if affine is None else affine), path)
+    return path
+
+
+def save_patient(folder: Path, name: str, seed: int = 0, num_slices: int = 3) -> Path:
+    """Write a made patient in the layout of BraTS, with its mask."""
+    scan, mask = make_head(num_slices, seed=seed)
+    for channel, sequence in enumerate(("t1", "flair", "t1ce")):
+        save_nifti(folder / name / f"{name}_{sequence}.nii.gz", scan[..., channel])
+    save_nifti(folder / name / f"{name}_seg.nii.gz", mask)
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    return ROOT / "bundles" / "brain_mri_anomaly_ddim"

@@ -1,0 +1,197 @@
+"""The bundle as a user runs it: real processes, the real weights, made scans (and a real one where there is one)."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import LGG, make_head, save_nifti, save_patient
+from PIL import Image
+
+from scripts.datasets import section_of
+from scripts.metrics import dice
+
+FEW_STEPS = ("--num_steps", "2", "--guidance_steps", "1")
+
+
+def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
+    """``monai.bundle run`` in the bundle's folder."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, **kwargs)
+
+
+def infer(bundle: Path, dataset_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:
+    paths = ("--dataset_dir", dataset_dir, "--output_dir", output_dir)
+    return run(bundle, "configs/inference.json", *paths, *FEW_STEPS, *args)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def cohort(bundle, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A cohort of three good cases, one layout each, and of every kind of bad one, after inference."""
+    scans = tmp_path_factory.mktemp("scans")
+    scan, _ = make_head()
+    save_patient(scans, "good_patient")
+    save_nifti(scans / "good_4d.nii.gz", scan)
+    save_nifti(scans / "good_flair_only.nii.gz", scan[..., 1])
+    save_nifti(scans / "bad_two_sequences.nii.gz", scan[..., :2])
+    save_patient(scans, "bad_shapes")
+    save_nifti(scans / "bad_shapes" / "bad_shapes_t1.nii.gz", scan[:100, ..., 0])
+    with_nan = scan.astype(np.float32)
+    with_nan[64, 64, 1, 1] = np.nan
+    save_nifti(scans / "bad_nan.nii.gz", with_nan)
+    save_nifti(scans / "bad_empty.nii.gz", np.zeros_like(scan))
+    save_nifti(scans / "bad_flat.nii.gz", scan[:, :, 0, 0])
+    cut = save_nifti(scans / "bad_truncated.nii.gz", scan)
+    cut.write_bytes(cut.read_bytes()[:5000])
+    output = scans.parent / "cohort_output"
+    return output, infer(bundle, scans, output)
+
+
+def test_good_cases_are_finished_although_others_fail(cohort):
+    output, done = cohort
+    assert sorted(row["case"] for row in rows_of(output / "results.csv")) == ["good_4d", "good_flair_only", "good_patient"]
+    for case in ("good_4d", "good_flair_only", "good_patient"):
+        endings = ("healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
+        assert sorted(p.name for p in (output / case).iterdir()) == [f"{case}_{ending}" for ending in endings]
+
+
+@pytest.mark.parametrize(
+    ("case", "mend"),
+    [
+        ("bad_two_sequences", "this bundle wants 3 (t1, flair, t1ce)"),
+        ("bad_shapes", "resample the sequences to one grid"),
+        ("bad_nan", "NaN or infinite voxels"),
+        ("bad_empty", "empty"),
+        ("bad_flat", "2-D image, this bundle wants 3-D"),
+        ("bad_truncated", "copy it again"),
+    ],
+)
+def test_bad_case_gets_one_line_with_file_and_mend_and_leaves_nothing(cohort, case, mend):
+    output, done = cohort
+    assert done.returncode == 1
+    report = done.stderr[done.stderr.index("6 case(s) failed:") :]
+    (line,) = [line for line in report.splitlines() if line.startswith(f"{case}: ")]
+    assert ".nii.gz" in line and mend in line
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not [name for name in files_below(output) if case in name]
+
+
+def test_four_dimensional_file_and_list_of_files_give_the_same(cohort):
+    output, _ = cohort
+    for ending in ("seg", "map", "healthy"):
+        one, other = (output / c / f"{c}_{ending}.nii.gz" for c in ("good_4d", "good_patient"))
+        assert np.array_equal(nib.load(one).get_fdata(), nib.load(other).get_fdata())
+
+
+def test_mask_is_uint8_on_the_grid_of_the_scan_and_healthy_scan_has_its_units(cohort):
+    output, _ = cohort
+    mask = nib.load(output / "good_patient" / "good_patient_seg.nii.gz")
+    healthy = nib.load(output / "good_patient" / "good_patient_healthy.nii.gz")
+    assert mask.get_data_dtype() == np.uint8 and mask.shape == (128, 128, 3)
+    assert np.allclose(mask.affine, np.diag([2, 2, 5, 1]))
+    assert healthy.shape == (128, 128, 3, 3)
+    assert 60 < np.median(healthy.get_fdata()[50:60, 50:60]) < 120  # the made head has 90
+
+
+def test_second_run_skips_finished_cases_and_same_seed_gives_same_bytes(bundle, tmp_path):
+    save_patient(tmp_path / "scans", "p1", num_slices=2)
+    for output in ("first", "second"):
+        assert infer(bundle, tmp_path / "scans", tmp_path / output).returncode == 0
+    first, second = (files_below(tmp_path / output) for output in ("first", "second"))
+    del first["results.csv"], second["results.csv"]  # they hold seconds
+    assert first == second and len(first) == 4
+    before = (tmp_path / "first" / "results.csv").stat().st_mtime_ns
+    again = infer(bundle, tmp_path / "scans", tmp_path / "first")
+    assert again.returncode == 0 and "finished already" in again.stdout
+    assert (tmp_path / "first" / "results.csv").stat().st_mtime_ns == before
+
+
+def test_unwritable_output_folder_ends_with_one_clear_line(bundle, tmp_path):
+    save_patient(tmp_path / "scans", "p1")
+    (tmp_path / "file").write_text("in the way")
+    done = infer(bundle, tmp_path / "scans", tmp_path / "file")
+    assert done.returncode == 1 and "choose another --output_dir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ddpm_mode_and_paper_solver_run_by_settings(bundle, tmp_path):
+    save_patient(tmp_path / "scans", "p1", num_slices=1)
+    assert infer(bundle, tmp_path / "scans", tmp_path / "ddpm", "--mode", "ddpm").returncode == 0
+    paper = ("--solver", "ddim", "--guidance_steps", "0", "--smoothing", "0")
+    assert infer(bundle, tmp_path / "scans", tmp_path / "ddim", *paper).returncode == 0
+    maps = [nib.load(tmp_path / mode / "p1" / "p1_map.nii.gz").get_fdata() for mode in ("ddpm", "ddim")]
+    assert not np.array_equal(*maps)
+
+
+def test_evaluation_writes_metrics_of_every_case(bundle, tmp_path):
+    for name in ("p1", "p2"):
+        save_patient(tmp_path / "scans", name, num_slices=2)
+    args = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all", *FEW_STEPS)
+    done = run(bundle, "['configs/inference.json','configs/evaluate.json']", *args)
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
+    assert list(rows) == ["p1", "p2", "mean", "std"]
+    mask = nib.load(tmp_path / "out" / "p1" / "p1_seg.nii.gz").get_fdata()
+    label = nib.load(tmp_path / "scans" / "p1" / "p1_seg.nii.gz").get_fdata()
+    assert float(rows["p1"]["dice"]) == pytest.approx(dice(mask, label))
+
+
+def test_training_resumes_and_its_weights_run(bundle, tmp_path):
+    patients = [f"p{i}" for i in range(40)]
+    chosen = [next(p for p in patients if section_of(p) == section) for section in ("training", "validation")]
+    for name in chosen:
+        save_patient(tmp_path / "scans", name, num_slices=4)
+    args = ["--dataset_dir", tmp_path / "scans", "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
+    args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]
+    assert run(bundle, "configs/train.json", *args, "--epochs", 1).returncode == 0
+    done = run(bundle, "configs/train.json", *args, "--epochs", 2, "--augment", True)
+    assert done.returncode == 0 and "going on from iteration 1" in done.stdout
+    assert any(p.name.startswith("events") for p in (tmp_path / "log").iterdir())
+    state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
+    assert all(v.dtype == torch.float16 for v in state.values())
+    weights = ("--checkpointloader#load_path", tmp_path / "ckpt" / "model.pt")
+    assert infer(bundle, tmp_path / "scans", tmp_path / "out", *weights).returncode == 0
+
+
+def test_training_takes_folders_of_healthy_and_diseased_images(bundle, tmp_path):
+    scan, _ = make_head(num_slices=2)
+    patients = [f"patient{i}" for i in range(40)]
+    chosen = [next(p for p in patients if section_of(p) == section) for section in ("training", "validation")]
+    for number, folder in enumerate(("healthy", "diseased")):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for name in chosen:
+            Image.fromarray(scan[:, :, 1 - number, 1]).save(tmp_path / "images" / folder / f"{name}_1.png")
+    args = ["--dataset_dir", tmp_path / "images", "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
+    args += ["--epochs", 1, "--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]
+    done = run(bundle, "['configs/train.json','configs/train_images.json']", *args)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
+    assert state["unet.conv_in.conv.weight"].shape[1] == 4  # one channel, 2 x 2 pixels folded
+
+
+@pytest.mark.skipif(not LGG.is_dir(), reason=f"no real scans at {LGG}")
+def test_real_volume_that_was_not_trained_on_gets_its_lesion(bundle, tmp_path):
+    name = next(p.name for p in sorted(LGG.iterdir()) if section_of(p.name) == "validation")
+    (tmp_path / "scans").mkdir()
+    os.symlink(LGG / name, tmp_path / "scans" / name)
+    done = run(bundle, "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    mask = nib.load(tmp_path / "out" / name / f"{name}_seg.nii.gz").get_fdata()
+    label = nib.load(LGG / name / f"{name}_seg.nii.gz").get_fdata()
+    assert dice(mask, label) > 0.4

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from scripts.losses import variational_bound
+from scripts.samplers import alphas_cumprod_table, noise_image
+
+A = alphas_cumprod_table()
+
+
+def draw(count=4, dtype=torch.float64):
+    """Estimated noise, fraction and true noise of ``count`` slices."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 2, 3, 5, generator=generator, dtype=dtype)
+    error = 0.3 * torch.randn(noise.shape, generator=generator, dtype=dtype)
+    return noise + error, torch.rand(noise.shape, generator=generator, dtype=dtype), noise
+
+
+def posterior(x, x0, t):
+    """q(x_{t-1} | x_t, x_0) of Ho et al. 2020, eq. 6 and 7; at level 1, which has no variance, with level 2's."""
+    beta = 1 - A[t] / A[t - 1]
+    mean = (A[t - 1].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - A[t - 1]) * x) / (1 - A[t])
+    u = max(t, 2)
+    variance = (1 - A[u] / A[u - 1]) * (1 - A[u - 1]) / (1 - A[u])
+    return mean, variance, beta
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 10, 300, 999, 1000])
+def test_the_bound_is_the_divergence_of_two_normal_distributions_in_bits(t):
+    noise_pred, fraction, noise = draw()
+    x0 = torch.linspace(-1, 1, noise.numel(), dtype=noise.dtype).view_as(noise)
+    x = noise_image(x0, noise, A[t])
+    estimated_x0 = (x - (1 - A[t]).sqrt() * noise_pred) / A[t].sqrt()
+    true_mean, lower, upper = posterior(x, x0, t)
+    mean, _, _ = posterior(x, estimated_x0, t)
+    deviation = (lower ** (1 - fraction) * upper**fraction).sqrt()
+    expected = kl_divergence(Normal(true_mean, lower.sqrt()), Normal(mean, deviation)).mean() / math.log(2)
+    bound = variational_bound(noise_pred, fraction, noise, torch.full((4,), t), A)
+    torch.testing.assert_close(bound, expected, rtol=1e-7, atol=1e-12)
+
+
+def test_the_bound_of_a_batch_is_the_mean_over_its_slices():
+    noise_pred, fraction, noise = draw()
+    t = torch.tensor([1, 2, 500, 1000])
+    slices = [variational_bound(p[None], f[None], e[None], u[None], A) for p, f, e, u in zip(*draw(), t, strict=True)]
+    torch.testing.assert_close(variational_bound(noise_pred, fraction, noise, t, A), torch.stack(slices).mean())
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 50, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bound_is_zero_for_the_true_noise_and_the_lower_variance(t, dtype):
+    _, fraction, noise = draw(dtype=dtype)
+    bound = variational_bound(noise, torch.zeros_like(fraction), noise, torch.full((4,), t), A)
+    assert bound.dtype == dtype and bound.abs() < 1e-6
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 50, 1000])
+@pytest.mark.parametrize("fraction", [-0.5, 0.0, 0.2, 1.0, 2.0])
+def test_the_bound_is_never_negative(t, fraction):
+    noise_pred, _, noise = draw(dtype=torch.float32)
+    for pred in (noise, noise_pred):
+        assert variational_bound(pred, torch.full_like(noise, fraction), noise, torch.full((4,), t), A) >= -1e-6
+
+
+def test_only_the_variance_is_trained_by_the_bound():
+    noise_pred, fraction, noise = draw()
+    noise_pred.requires_grad_(), fraction.requires_grad_()
+    variational_bound(noise_pred, fraction, noise, torch.tensor([1, 2, 300, 1000]), A).backward()
+    assert noise_pred.grad is None
+    assert fraction.grad.isfinite().all() and fraction.grad.flatten(1).any(dim=1).all()
+
+
+def test_the_gradient_raises_a_variance_that_is_too_small_for_the_error():
+    _, fraction, noise = draw()
+    fraction = torch.full_like(fraction, 0.5).requires_grad_()
+    variational_bound(noise + 5, fraction, noise, torch.full((4,), 3), A).backward()
+    assert (fraction.grad < 0).all()
+    fraction.grad = None
+    variational_bound(noise, fraction, noise, torch.full((4,), 3), A).backward()
+    assert (fraction.grad > 0).all()

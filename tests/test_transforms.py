@@ -1,0 +1,563 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.transforms import Compose
+from PIL import Image
+from skimage.filters import threshold_otsu
+
+from scripts.transforms import (
+    ExtractSlicesd,
+    LoadSequencesd,
+    MapToMask,
+    MapToMaskd,
+    RandSprited,
+    RandStandInd,
+    RemoveSmallLesions,
+    RemoveSmallLesionsd,
+    RestoreIntensityd,
+    ScaleIntensityByForeground,
+    ScaleIntensityByForegroundd,
+    SplitPredictiond,
+    cohort_otsu,
+    has_foreground,
+)
+
+AFFINE = np.array([[0.0, -2, 0, 90], [1.5, 0, 0, -20], [0, 0, -3, 7], [0, 0, 0, 1]])  # neither RAS nor isotropic
+
+
+def noise(*shape, seed=0):
+    return np.random.RandomState(seed).rand(*shape).astype(np.float32)
+
+
+def save(path, voxels, affine=AFFINE):
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return str(path)
+
+
+def load(paths, sequences=("CT",), **kwargs):
+    return LoadSequencesd("image", sequences, **kwargs)({"image": paths})["image"]
+
+
+# --- LoadSequencesd
+
+
+def test_a_volume_arrives_with_its_voxels_its_affine_and_its_path(tmp_path):
+    voxels = noise(4, 5, 6)
+    path = save(tmp_path / "a.nii.gz", voxels)
+    image = load(path)
+    assert image.dtype == torch.float32 and image.shape == (1, 4, 5, 6)
+    np.testing.assert_array_equal(image[0].numpy(), voxels)
+    np.testing.assert_allclose(image.affine, AFFINE)
+    assert image.meta["filename_or_obj"] == path
+
+
+def test_a_4d_file_and_a_list_of_files_give_the_same_image(tmp_path):
+    voxels = noise(4, 5, 6, 2)
+    whole = load(save(tmp_path / "ab.nii.gz", voxels), ("A", "B"))
+    parts = load([save(tmp_path / f"{i}.nii.gz", voxels[..., i]) for i in range(2)], ("A", "B"))
+    assert whole.shape == (2, 4, 5, 6)
+    assert torch.equal(whole.as_tensor(), parts.as_tensor()) and torch.equal(whole.affine, parts.affine)
+    assert parts.meta["filename_or_obj"].endswith("0.nii.gz")
+
+
+def test_the_stand_in_takes_the_place_of_missing_sequences(tmp_path):
+    t1, flair = (save(tmp_path / f"{i}.nii.gz", noise(4, 5, 6, seed=i)) for i in range(2))
+    image = load([None, t1, flair], ("T2", "T1", "FLAIR"), stand_in="FLAIR")
+    assert torch.equal(image[0].as_tensor(), image[2].as_tensor()) and not torch.equal(image[0], image[1])
+    assert image.meta["filename_or_obj"] == t1
+
+
+def test_a_lone_single_channel_file_stands_for_all_sequences(tmp_path):
+    image = load(save(tmp_path / "a.nii.gz", noise(4, 5, 6)), ("T1", "FLAIR"), stand_in="FLAIR")
+    assert image.shape == (2, 4, 5, 6) and torch.equal(image[0], image[1])
+
+
+def test_a_volume_of_one_slice_is_a_volume(tmp_path):
+    assert load(save(tmp_path / "a.nii.gz", noise(4, 5, 1))).shape == (1, 4, 5, 1)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png")])
+def test_a_picture_becomes_grey_and_keeps_its_8_bits(tmp_path, mode, suffix):
+    grey = np.linspace(0, 255, 320).round().astype(np.uint8).reshape(20, 16)
+    Image.fromarray(grey).convert(mode).save(tmp_path / f"a.{suffix}")
+    image = load(tmp_path / f"a.{suffix}", ("X-ray",), min_ndim=2)
+    assert image.shape == (1, 16, 20) and image.dtype == torch.float32
+    np.testing.assert_allclose(image[0].T.numpy(), grey, atol=6)  # JPEG loses a little
+
+
+def test_a_16_bit_picture_keeps_its_range(tmp_path):
+    grey = (noise(8, 8) * 60000).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load(tmp_path / "a.png", ("X-ray",), min_ndim=2)[0].T.numpy(), grey)
+
+
+def test_pictures_of_all_modes_fit_in_one_batch(tmp_path):
+    for mode in ("RGB", "L"):
+        Image.fromarray((noise(8, 8) * 255).astype(np.uint8)).convert(mode).save(tmp_path / f"{mode}.png")
+    data = [{"image": str(tmp_path / f"{mode}.png")} for mode in ("RGB", "L")]
+    batch = next(iter(DataLoader(Dataset(data, LoadSequencesd("image", ["X-ray"], min_ndim=2)), batch_size=2)))
+    assert batch["image"].shape == (2, 1, 8, 8)
+
+
+def test_a_dicom_folder_is_read_as_a_volume(tmp_path):
+    writer_io = itk.GDCMImageIO.New()
+    writer_io.KeepOriginalUIDOn()
+    for k in range(3):
+        slice_k = itk.image_from_array((np.arange(20) + 100 * k).astype(np.int16).reshape(1, 5, 4))
+        slice_k.SetSpacing([1.0, 2.0, 3.0])
+        slice_k.SetOrigin([0.0, 0.0, 3.0 * k])
+        tags = slice_k.GetMetaDataDictionary()
+        tags["0008|0060"], tags["0020|000d"], tags["0020|000e"] = "CT", "1.2.3", "1.2.4"
+        tags["0008|0018"], tags["0020|0013"], tags["0020|0032"] = f"1.2.5.{k}", str(k), f"0\\0\\{3 * k}"
+        writer = itk.ImageFileWriter[type(slice_k)].New(
+            Input=slice_k, FileName=str(tmp_path / f"{k}.dcm"), ImageIO=writer_io
+        )
+        writer.UseInputMetaDataDictionaryOn()
+        writer.Update()
+    image = load(tmp_path)
+    assert image.shape == (1, 4, 5, 3) and image[0, 1, 0].tolist() == [1, 101, 201]
+    np.testing.assert_allclose(image.affine, np.diag([-1, -2, 3, 1]))
+
+
+def cut(path):
+    """The file without its end."""
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) * 2 // 3])
+    return path
+
+
+def text(path):
+    path.write_text("not an image")
+    return path
+
+
+def picture(path):
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(path)
+    return path
+
+
+def with_voxel(value):
+    voxels = noise(8, 8, 8)
+    voxels[0, 0, 0] = value
+    return voxels
+
+
+def pair(folder, voxels, affine=AFFINE):
+    return [save(folder / "a.nii.gz", noise(8, 8, 8)), save(folder / "b.nii.gz", voxels, affine)]
+
+
+BAD_INPUTS = {
+    "missing file": ("none.nii.gz: no such file", lambda f: f / "none.nii.gz"),
+    "folder without images": ("without DICOM", lambda f: f),
+    "cut gzip": ("unreadable", lambda f: cut(save(f / "a.nii.gz", noise(8, 8, 8)))),
+    "cut file": ("unreadable", lambda f: cut(save(f / "a.nii", noise(8, 8, 8)))),
+    "cut picture": ("unreadable", lambda f: cut(picture(f / "a.png"))),
+    "text as NIfTI": ("unreadable", lambda f: text(f / "a.nii.gz")),
+    "text": ("unreadable", lambda f: text(f / "a.txt")),
+    "picture": ("a.png: 2-D image", lambda f: picture(f / "a.png")),
+    "2-D NIfTI": ("2-D image", lambda f: save(f / "a.nii.gz", noise(8, 8))),
+    "5-D NIfTI": ("4-D image", lambda f: save(f / "a.nii.gz", noise(4, 4, 4, 1, 2))),
+    "NaN": ("NaN or infinite", lambda f: save(f / "a.nii.gz", with_voxel(np.nan))),
+    "infinite": ("NaN or infinite", lambda f: save(f / "a.nii.gz", with_voxel(np.inf))),
+    "empty": ("all voxels of sequence 1 are 1", lambda f: save(f / "a.nii.gz", np.ones((8, 8, 8), np.float32))),
+    "one for two": (r"is 1, this bundle wants 2 \(T1, FLAIR\)", lambda f: save(f / "a.nii.gz", noise(8, 8, 8))),
+    "three for two": ("is 3, this bundle wants 2", lambda f: save(f / "a.nii.gz", noise(8, 8, 8, 3))),
+    "list of three": ("list has 3 files", lambda f: [*pair(f, noise(8, 8, 8)), None]),
+    "sequence missing": ("no file for FLAIR", lambda f: [save(f / "a.nii.gz", noise(8, 8, 8)), None]),
+    "4-D in a list": ("b.nii.gz: 2 sequences where FLAIR", lambda f: pair(f, noise(8, 8, 8, 2))),
+    "other shape": ("b.nii.gz: shape.*a.nii.gz", lambda f: pair(f, noise(8, 8, 7))),
+    "other affine": ("b.nii.gz:.*affine differs", lambda f: pair(f, noise(8, 8, 8), AFFINE + 0.1)),
+}
+
+
+@pytest.mark.parametrize(("words", "make"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_bad_input_is_told_in_one_line_with_the_files_name(tmp_path, words, make):
+    with pytest.raises(ValueError, match=words) as error:
+        load(make(tmp_path), ("T1", "FLAIR"))
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(str(tmp_path))
+
+
+def test_a_stand_in_that_is_missing_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no file for FLAIR.*at least FLAIR"):
+        load([save(tmp_path / "a.nii.gz", noise(8, 8, 8)), None], ("T1", "FLAIR"), stand_in="FLAIR")
+
+
+def test_a_file_without_read_permission_is_told_so(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.nii.gz", noise(4, 5, 6))
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(ValueError, match="a.nii.gz: no permission"):
+        load(path)
+
+
+def test_a_reader_that_may_not_read_is_told_so(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError
+
+    path = save(tmp_path / "a.nii.gz", noise(4, 5, 6))
+    monkeypatch.setattr(nib, "load", refuse)
+    with pytest.raises(ValueError, match="a.nii.gz: no permission"):
+        load(path)
+
+
+def test_an_affine_that_differs_by_rounding_is_the_same_grid(tmp_path):
+    paths = [save(tmp_path / f"{i}.nii.gz", noise(4, 5, 6), AFFINE + i * 1e-3) for i in range(2)]
+    assert load(paths, ("A", "B")).shape == (2, 4, 5, 6)
+
+
+def test_a_stand_in_that_is_no_sequence_is_refused():
+    with pytest.raises(ValueError, match="stand_in"):
+        LoadSequencesd("image", ["T1"], stand_in="FLAIR")
+
+
+# --- ScaleIntensityByForeground, RestoreIntensityd
+
+
+def head(*shape, seed=0):
+    """A bright block (100 to 200) in a background of zeros."""
+    voxels = torch.zeros(shape)
+    voxels[:, 4:12, 4:12] = 100 + 100 * torch.from_numpy(noise(*voxels[:, 4:12, 4:12].shape, seed=seed))
+    return voxels
+
+
+def test_the_median_of_the_foreground_becomes_what_was_asked():
+    scaled = ScaleIntensityByForeground(foreground_median=0.3)(head(2, 16, 16, 8))
+    assert scaled.min() == 0 and scaled.max() <= 1
+    for channel in scaled.as_tensor():
+        assert channel[channel > 0].median().item() == pytest.approx(0.3, abs=1e-3)
+
+
+def test_the_unit_of_each_channel_does_not_matter():
+    image = head(2, 16, 16, 8)
+    other_unit = image * torch.tensor([0.01, 30.0]).reshape(2, 1, 1, 1)
+    scaler = ScaleIntensityByForeground()
+    torch.testing.assert_close(scaler(image).as_tensor(), scaler(other_unit).as_tensor())
+
+
+def test_negative_values_become_zero_and_change_nothing_else():
+    image = head(1, 16, 16, 8)
+    cold = torch.where(image == 0, -1000.0, image)
+    scaler = ScaleIntensityByForeground()
+    assert torch.equal(scaler(image).as_tensor(), scaler(cold).as_tensor())
+
+
+def test_bright_fat_is_clipped_and_leaves_the_rest_where_it_was():
+    image = head(1, 16, 16, 8)
+    fat = image.clone()
+    fat[:, 4, 4] = 1500
+    scaler = ScaleIntensityByForeground(percentile=90)
+    assert scaler(fat).max() == 1
+    assert scaler(fat)[0, 8, 8, 4].item() == pytest.approx(scaler(image)[0, 8, 8, 4].item(), rel=0.03)
+
+
+def test_a_channel_without_positive_voxels_gives_zeros_and_scale_1():
+    scaled = ScaleIntensityByForeground()(torch.cat([head(1, 16, 16, 8), -torch.ones(1, 16, 16, 8)]))
+    assert not scaled[1].any() and scaled.meta["intensity_scale"][1] == 1.0
+
+
+def test_scaling_leaves_its_input_and_its_meta_data_alone():
+    image = MetaTensor(head(1, 16, 16, 8), affine=torch.as_tensor(AFFINE), meta={"filename_or_obj": "a"})
+    before = image.clone()
+    scaled = ScaleIntensityByForeground()(image)
+    assert torch.equal(image, before) and "intensity_scale" not in image.meta
+    assert torch.equal(scaled.affine, image.affine) and scaled.meta["filename_or_obj"] == "a"
+    assert not scaled.applied_operations
+
+
+def test_restoring_undoes_scaling_even_after_a_batch():
+    image = torch.cat([head(1, 16, 16, 8), 7 * head(1, 16, 16, 8, seed=1)])
+    transform = ScaleIntensityByForegroundd("image", foreground_median=0.2)
+    batch = next(iter(DataLoader(Dataset([{"image": image}] * 2, transform), batch_size=2)))
+    for item in decollate_batch(batch):
+        item["healthy"] = item["image"].as_tensor()
+        torch.testing.assert_close(RestoreIntensityd("healthy")(item)["healthy"], image)
+
+
+def test_restoring_more_channels_than_the_scan_has_is_refused():
+    data = ScaleIntensityByForegroundd("image")({"image": head(1, 16, 16, 8), "healthy": torch.zeros(2, 16, 16, 8)})
+    with pytest.raises(ValueError, match="2 channels"):
+        RestoreIntensityd("healthy")(data)
+
+
+# --- has_foreground, ExtractSlicesd
+
+
+def volume(num_slices=6):
+    """Slices 1 and up show a body; 2 has a large lesion, 3 a small one."""
+    image = torch.zeros(2, 16, 16, num_slices)
+    image[1, 2:14, 2:14, 1:] = 0.5
+    mask = torch.zeros(1, 16, 16, num_slices)
+    mask[:, 4:9, 4:9, 2] = 1
+    mask[:, 4:6, 4:6, 3] = 1
+    return {"image": MetaTensor(image, meta={"filename_or_obj": "case7.nii.gz"}), "label": mask, "case": "case7"}
+
+
+def test_foreground_is_counted_over_all_channels():
+    image = torch.zeros(3, 2, 10, 10)
+    image[1, 0, :2], image[2, 1, 0, :4] = 1, 1
+    assert has_foreground(image, level=0.1, share=0.05).tolist() == [False, True, False]
+
+
+def test_slices_get_their_class_from_the_mask_and_ambiguous_ones_are_left_out():
+    slices = ExtractSlicesd()(volume())
+    assert [(s["slice"], s["class_label"]) for s in slices] == [(1, 0), (2, 1), (4, 0), (5, 0)]
+    assert [s["position"] for s in slices] == [0.2, 0.4, 0.8, 1.0]
+    assert all(s["case"] == "case7" and "label" not in s for s in slices)
+
+
+def test_a_slice_is_a_plain_tensor_of_its_own():
+    data = volume()
+    item = ExtractSlicesd()(data)[0]
+    assert type(item["image"]) is torch.Tensor and item["image"].dtype == torch.float32
+    assert torch.equal(item["image"], data["image"].as_tensor()[..., 1])
+    assert item["image"].untyped_storage().nbytes() == 2 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize("spatial_dim", [0, 1, 2])
+def test_cutting_along_any_axis_gives_the_same_slices(spatial_dim):
+    data = volume()
+    turned = {**data, **{k: data[k].as_subclass(torch.Tensor).movedim(3, spatial_dim + 1) for k in ("image", "label")}}
+    expected, slices = ExtractSlicesd()(data), ExtractSlicesd(spatial_dim=spatial_dim)(turned)
+    assert [s["slice"] for s in slices] == [s["slice"] for s in expected]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(slices, expected, strict=True))
+
+
+def test_slices_get_their_class_from_a_list():
+    data = {**volume(), "slice_labels": [0, 1, 1, 0, 0, 1]}
+    del data["label"]
+    slices = ExtractSlicesd()(data)
+    assert [s["class_label"] for s in slices] == [1, 1, 0, 0, 1] and "slice_labels" not in slices[0]
+
+
+def test_a_list_of_the_wrong_length_is_refused_with_the_cases_name():
+    data = {"image": volume()["image"], "slice_labels": [0, 1]}
+    with pytest.raises(ValueError, match="case7.*2 slice labels for 6 slices"):
+        ExtractSlicesd()(data)
+
+
+def test_a_picture_gives_one_slice_with_its_own_class():
+    (item,) = ExtractSlicesd()({"image": torch.zeros(1, 8, 8), "class_label": 1, "case": "a"})
+    assert (item["class_label"], item["slice"], item["position"], item["case"]) == (1, 0, 0.0, "a")
+
+
+def test_a_volume_of_one_slice_lies_at_position_0():
+    (item,) = ExtractSlicesd()({"image": torch.ones(1, 8, 8, 1), "slice_labels": [1]})
+    assert item["position"] == 0.0
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 8, 8, 2)])
+def test_images_without_labels_are_refused_with_the_cases_name(shape):
+    with pytest.raises(ValueError, match="case9.*add"):
+        ExtractSlicesd()({"image": torch.ones(shape), "case": "case9"})
+
+
+def test_transforms_after_the_cut_see_every_slice():
+    slices = Compose([ExtractSlicesd(), ScaleIntensityByForegroundd("image")])(volume())
+    assert len(slices) == 4 and all(s["image"].shape == (2, 16, 16) for s in slices)
+
+
+# --- SplitPredictiond
+
+
+def test_a_prediction_is_cut_in_order_and_keeps_its_meta_data():
+    pred = MetaTensor(torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 2, 3, 4), affine=torch.as_tensor(AFFINE))
+    parts = SplitPredictiond("pred", {"map": 1, "healthy": 3, "probability": 1})({"pred": pred})
+    assert [parts[key].unique().tolist() for key in ("map", "healthy", "probability")] == [[0], [1, 2, 3], [4]]
+    assert torch.equal(parts["healthy"].affine, pred.affine) and parts["probability"].shape == (1, 2, 3, 4)
+
+
+def test_numbers_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="pred has 5 channels"):
+        SplitPredictiond("pred", {"map": 1, "healthy": 3})({"pred": torch.zeros(5, 2, 2)})
+
+
+# --- MapToMask, cohort_otsu
+
+
+def anomaly_map(seed=0):
+    """Weak residuals, a block of strong ones and zeros around."""
+    voxels = torch.zeros(1, 12, 12, 12)
+    voxels[:, 1:11, 1:11, 1:11] = 0.1 * torch.from_numpy(noise(1, 10, 10, 10, seed=seed))
+    voxels[:, 4:7, 4:7, 4:7] += 0.6
+    return MetaTensor(voxels, affine=torch.as_tensor(AFFINE), meta={"filename_or_obj": "a"})
+
+
+def test_otsu_finds_the_lesion_and_tells_its_threshold():
+    result = MapToMaskd("map", "pred")({"map": anomaly_map()})
+    mask = result["pred"]
+    assert mask.dtype == torch.uint8 and mask.shape == (1, 12, 12, 12)
+    assert mask[:, 4:7, 4:7, 4:7].all() and mask.sum() < 1.3 * 27
+    positive = result["map"][result["map"] > 0].numpy()
+    assert mask.meta["threshold"] == pytest.approx(threshold_otsu(positive))
+    assert torch.equal(mask.affine, result["map"].affine) and "threshold" not in result["map"].meta
+
+
+def test_the_floor_keeps_a_case_without_a_lesion_empty():
+    healthy = 0.1 * torch.from_numpy(noise(1, 8, 8, 8))
+    assert MapToMask()(healthy).any()
+    floored = MapToMask(minimum=0.2)(healthy)
+    assert not floored.any() and floored.meta["threshold"] == 0.2
+
+
+@pytest.mark.parametrize("threshold", [0.3, "0.3"])
+def test_a_number_is_the_threshold(threshold):
+    mask = MapToMask(threshold, minimum=0.9)(anomaly_map())
+    assert torch.equal(mask.as_tensor(), (anomaly_map().as_tensor() > 0.3).byte()) and mask.meta["threshold"] == 0.3
+
+
+def test_a_map_of_zeros_gives_an_empty_mask():
+    assert not MapToMask()(torch.zeros(1, 4, 4, 4)).any()
+
+
+def test_an_unknown_threshold_is_refused():
+    with pytest.raises(ValueError):
+        MapToMask("otzu")
+
+
+def test_the_threshold_of_a_cohort_is_that_of_all_its_voxels(tmp_path):
+    maps = [anomaly_map(seed) * (1 + seed) for seed in range(3)]
+    for i, item in enumerate(maps):
+        (tmp_path / f"case{i}").mkdir()
+        save(tmp_path / f"case{i}" / f"case{i}_map.nii.gz", item[0].numpy())
+    pooled = torch.cat([m.flatten() for m in maps]).numpy()
+    assert cohort_otsu(tmp_path) == pytest.approx(threshold_otsu(pooled[pooled > 0], nbins=4096), rel=0.01)
+
+
+def test_a_cohort_without_maps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no map like"):
+        cohort_otsu(tmp_path)
+
+
+def test_a_cohort_of_zeros_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a" / "a_map.nii.gz", np.zeros((4, 4, 4), np.float32))
+    with pytest.raises(ValueError, match="positive"):
+        cohort_otsu(tmp_path)
+
+
+# --- RemoveSmallLesions
+
+
+def lesions(affine):
+    """Two lesions of 27 and 8 voxels that touch by a corner only."""
+    mask = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
+    mask[:, 1:4, 1:4, 1:4], mask[:, 4:6, 4:6, 4:6] = 1, 1
+    return MetaTensor(mask, affine=torch.as_tensor(affine, dtype=torch.float64), meta={"filename_or_obj": "a"})
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [AFFINE, np.diag([10.0, 1, 0.9, 1]), [[1.0, 0, 0, 0], [0, 1, 4, 0], [0, 0, 9, 0], [0, 0, 0, 1]]],
+    ids=["turned", "scaled", "sheared"],
+)
+def test_lesions_below_the_volume_go_and_the_others_stay(affine):
+    mask = lesions(affine)  # 0.009 ml a voxel
+    remaining = [int(RemoveSmallLesions(volume)(mask).sum()) for volume in (0, 0.072, 0.073, 0.243, 0.244)]
+    assert remaining == [35, 35, 27, 27, 0]
+
+
+def test_removing_keeps_type_and_meta_data():
+    mask = RemoveSmallLesionsd("pred", min_volume=0.1)({"pred": lesions(AFFINE)})["pred"]
+    assert mask.dtype == torch.uint8 and mask.meta["filename_or_obj"] == "a"
+    np.testing.assert_allclose(mask.affine, AFFINE)
+
+
+def test_an_empty_mask_stays_empty():
+    assert not RemoveSmallLesions(1.0)(torch.zeros(1, 4, 4, 4, dtype=torch.uint8)).any()
+
+
+# --- RandSprited
+
+
+def slice_with_head():
+    """A ring of bone around a dark inside, with noise, in 2 channels."""
+    rows, columns = np.indices((48, 40))
+    distance = np.hypot(rows - 24, columns - 20)
+    inside = np.where(distance < 14, 0.05, 0.7) * (distance < 17)
+    return torch.from_numpy((inside * (0.8 + 0.2 * noise(2, 48, 40))).astype(np.float32)), distance < 17
+
+
+def sprites(count=60, **kwargs):
+    transform = RandSprited(**kwargs).set_random_state(seed=3)
+    return [transform({"image": slice_with_head()[0]}) for _ in range(count)]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_draw_differs():
+    first, second = sprites(5), sprites(5)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+    assert not torch.equal(first[0]["label"], first[1]["label"])
+
+
+def test_a_sprite_is_one_grey_level_that_stands_out_inside_the_head():
+    image, filled_head = slice_with_head()
+    for item in sprites(contrast=0.25):
+        mask = item["label"][0].bool()
+        assert item["label"].dtype == torch.uint8 and item["label"].shape == (1, 48, 40) and mask.any()
+        assert not (mask & ~torch.from_numpy(filled_head)).any()
+        assert torch.equal(item["image"][:, ~mask], image[:, ~mask])
+        for painted, covered in zip(item["image"][:, mask], image[:, mask], strict=True):
+            assert len(painted.unique()) == 1 and 0 <= painted[0] <= 1
+            assert abs(painted[0] - covered.mean()) >= 0.25 - 1e-6
+
+
+@pytest.mark.parametrize("shape", ["square", "ellipse", "heart"])
+def test_sprites_of_a_shape_keep_to_the_radius(shape):
+    image = torch.full((1, 64, 64), 0.5)
+    transform = RandSprited(shapes=[shape], radius=(5, 8)).set_random_state(seed=0)
+    for _ in range(30):
+        rows, columns = np.nonzero(transform({"image": image})["label"][0].numpy())
+        assert max(np.ptp(rows), np.ptp(columns)) <= 2 * 8 * 2**0.5
+        assert len(rows) <= (2 * 8 + 1) ** 2
+
+
+def test_a_slice_without_a_head_gets_no_sprite():
+    item = RandSprited()({"image": torch.zeros(1, 16, 16)})
+    assert not item["label"].any() and not item["image"].any() and item["label"].shape == (1, 16, 16)
+
+
+def test_the_input_of_a_sprite_is_left_alone():
+    image = MetaTensor(slice_with_head()[0], meta={"filename_or_obj": "a"})
+    before = image.clone()
+    item = RandSprited()({"image": image})
+    assert torch.equal(image, before) and item["label"].meta["filename_or_obj"] == "a"
+
+
+def test_probability_zero_paints_nothing():
+    assert not any(item["label"].any() for item in sprites(5, prob=0.0))
+
+
+@pytest.mark.parametrize("bad", [{"shapes": ["star"]}, {"contrast": 0.6}])
+def test_settings_that_no_sprite_can_meet_are_refused(bad):
+    with pytest.raises(ValueError):
+        RandSprited(**bad)
+
+
+# --- RandStandInd
+
+
+def test_the_stand_in_takes_the_place_of_all_sequences_as_often_as_asked():
+    image = torch.from_numpy(noise(3, 4, 4))
+    assert torch.equal(RandStandInd("image", channel=1, prob=0.0)({"image": image})["image"], image)
+    replaced = RandStandInd("image", channel=1, prob=1.0)({"image": image})["image"]
+    assert all(torch.equal(channel, image[1]) for channel in replaced)
+
+
+def test_the_stand_in_is_drawn_from_the_seed():
+    transform = RandStandInd("image", channel=0, prob=0.5)
+    image = torch.from_numpy(noise(2, 4, 4))
+
+    def replaced(seed):
+        return torch.equal(*transform.set_random_state(seed=seed)({"image": image})["image"])
+
+    first = [replaced(seed) for seed in range(40)]
+    assert first == [replaced(seed) for seed in range(40)]
+    assert 10 < sum(first) < 30
