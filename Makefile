@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
+LABEL = .venv-monailabel
 
 .PHONY: demo test lint
 
@@ -7,7 +8,8 @@ demo: .venv/installed
 	$(BIN)/python -m scripts demo
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	-$(MAKE) $(LABEL)/installed
+	$(BIN)/python -m pytest -rs
 	$(BIN)/python -m scripts verify
 
 lint: .venv/installed
@@ -17,4 +19,12 @@ lint: .venv/installed
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+# for the test of MONAI Label, which is skipped where this can't be built; PyTorch comes first, and no package is built
+# apart from it, as one of them (sam2) would fetch another PyTorch for that
+$(LABEL)/installed: requirements-monailabel.txt
+	$(PYTHON) -m venv --clear $(LABEL)
+	$(LABEL)/bin/pip install --quiet $$(grep ^torch== requirements-monailabel.txt)
+	$(LABEL)/bin/pip install --quiet --no-build-isolation --requirement requirements-monailabel.txt
 	touch $@

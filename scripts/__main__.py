@@ -11,6 +11,10 @@ import fire
 
 from scripts import benchmark, release
 from scripts.demo import draw_scan
+from scripts.download import DownloadError
+from scripts.download import download as fetch
+from scripts.package import package_all
+from scripts.report import report as write_report
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -67,7 +71,7 @@ def run_benchmark(name: str, dataset_dir: str, num_slices: int = 8, section: str
 
     Args:
         name: bundle.
-        dataset_dir: folder of labelled cases.
+        dataset_dir: folder of labelled cases, or of healthy ones if the bundle is measured on painted lesions.
         num_slices: slices to measure on, half of them with a lesion.
         section: section of the cases.
     """
@@ -87,7 +91,7 @@ def run_tune(
     """Print a table of Dice and AUROC over the gradient scale for several noise levels, as in the paper's figure.
 
     Args:
-        name: bundle.
+        name: bundle that is guided by a classifier.
         dataset_dir: folder of labelled cases.
         noise_levels: levels L.
         gradient_scales: scales s.
@@ -122,6 +126,48 @@ def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
     draw_scan(_bundle(name), Path(path), num_slices, seed)
 
 
+def package(*names: str, output: str = "dist", url_base: str = "") -> None:
+    """Make bundles ready to ship: a self-contained folder and a zip each, their hashes, and MONAI's model_info.json.
+
+    Args:
+        names: bundles; all of them if none is named.
+        output: folder to write to.
+        url_base: address that the zips will be served from.
+    """
+    names = names or tuple(path.parent.parent.name for path in sorted(BUNDLES.glob("*/configs/metadata.json")))
+    try:
+        for done in package_all([_bundle(name) for name in names], Path(output), url_base):
+            print(f"{done['sha256']}  {done['zip']}")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def download(name: str, url: str, output: str = ".", sha256: str | None = None, overwrite: bool = False) -> None:
+    """Fetch a published bundle, check its SHA-256, and only then unpack it.
+
+    Args:
+        name: bundle.
+        url: address of its zip, or of the folder with SHA256SUMS.
+        output: folder that the bundle's folder is made in.
+        sha256: the hash, if it is not to be taken from the published list.
+        overwrite: replace a folder of that name.
+    """
+    try:
+        print(fetch(name, url, Path(output), None if sha256 is None else str(sha256), overwrite))
+    except DownloadError as error:
+        sys.exit(str(error))
+
+
+def report(results: str, path: str | None = None) -> None:
+    """Write one HTML page over a cohort's results, which opens without a network.
+
+    Args:
+        results: folder that inference has written.
+        path: the page; by default report.html in that folder.
+    """
+    print(write_report(Path(results), None if path is None else Path(path)))
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     fire.Fire(
@@ -133,6 +179,9 @@ def main() -> None:
             "tune": run_tune,
             "baseline": run_baseline,
             "draw": draw,
+            "package": package,
+            "download": download,
+            "report": report,
         },
         name="scripts",
     )

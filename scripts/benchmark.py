@@ -1,4 +1,7 @@
-"""Speed and accuracy of the anomaly bundles on labelled slices: against the published procedure, and over the settings."""
+"""Speed and accuracy of the anomaly bundles: against the published procedure, and over the settings.
+
+They are measured on labelled slices, or on painted ones where a bundle's data have no labels.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,18 @@ from torch import Tensor, nn
 from scripts.datasets import find_cases
 from scripts.figures import guidance_table_figure
 from scripts.metrics import BinnedScores, dice
+from scripts.sprites import healthy_images, paint_sprites
 from scripts.transforms import ExtractSlicesd, MapToMask
 
-__all__ = ["benchmark", "build_network", "drawn_slices", "grey_level_baseline", "labelled_slices", "tune"]
+__all__ = [
+    "benchmark",
+    "build_network",
+    "drawn_slices",
+    "grey_level_baseline",
+    "healthy_slices",
+    "labelled_slices",
+    "tune",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +68,41 @@ def labelled_slices(bundle: Path, dataset_dir: str, section: str) -> Iterator[li
         yield slices_of(case)
 
 
+def healthy_slices(bundle: Path, dataset_dir: str, section: str, number: int | None = None) -> Tensor:
+    """Held-out healthy slices (N, C, H, W) in [0, 1], read as the bundle's training reads them.
+
+    Args:
+        bundle: folder of a bundle whose ``train.json`` has ``validate_section``.
+        dataset_dir: folder of healthy scans.
+        section: section of the cases.
+        number: how many slices, evenly spaced over those with foreground; None for all.
+
+    Raises:
+        ValueError: if there are fewer than ``number``.
+    """
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / "train.json")
+    parser["dataset_dir"], parser["validate_section"] = str(dataset_dir), section
+    return healthy_images(parser.get_parsed_content("validate#dataset"), number)
+
+
 def drawn_slices(bundle: Path, dataset_dir: str, num_slices: int, section: str) -> tuple[Tensor, Tensor]:
-    """Slices with lesion, then as many without, drawn with a fixed seed from the cases of a section.
+    """Slices with lesion, then as many without, a fixed choice from the cases of a section.
+
+    If the bundle's ``evaluate.json`` has ``sprites``, arguments of :func:`scripts.sprites.paint_sprites`, the lesions are
+    painted into the first half of evenly spaced healthy slices.
 
     Returns:
-        images (N, C, H, W) in [0, 1], and masks (N, 1, H, W).
+        images (N, C, H, W) in [0, 1], and masks (N, 1, H, W), bool.
     """
+    parser = ConfigParser()
+    parser.read_config([bundle / "configs" / f"{name}.json" for name in ("inference", "evaluate")])
+    if "sprites" in parser:
+        images = healthy_slices(bundle, dataset_dir, section, num_slices)
+        masks = torch.zeros_like(images[:, :1], dtype=torch.bool)
+        half = num_slices // 2
+        images[:half], masks[:half] = paint_sprites(images[:half], **parser.get_parsed_content("sprites"))
+        return images, masks
     slices = [item for case in labelled_slices(bundle, dataset_dir, section) for item in case]
     rng = np.random.default_rng(0)
     chosen = []
@@ -111,28 +152,29 @@ def _evaluate(network: nn.Module, images: Tensor, masks: Tensor, batch_size: int
 def benchmark(bundle: Path, dataset_dir: str, num_slices: int, section: str) -> dict[str, dict[str, float]]:
     """Print a table of the published procedure and of the bundle's default, on the same slices with the same weights.
 
-    Published (Wolleb et al. 2022, algorithm 1): L single first-order steps up, L guided ones down, one slice at a time,
-    32-bit arithmetic, no smoothing. Sequences are weighed alike in both maps, so that the samplers are compared.
+    What the published procedure is, the network says (``published``, settings of its own); it gets one slice at a time.
+    Everything else, such as the weights of the sequences in the map, is alike in both, so that the samplers are compared.
     """
     images, masks = drawn_slices(bundle, dataset_dir, num_slices, section)
     default = build_network(bundle)
-    published = build_network(
-        bundle, num_steps=default.noise_level, guidance_steps=0, solver="ddim", mode="ddim", smoothing=0.0, amp=False
-    )
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / "inference.json")
+    published = build_network(bundle, **default.published)
     default(images[:1].to(next(default.parameters()).device))  # the first call pays for set-up
     rows = {
-        "default": _evaluate(default, images, masks, batch_size=8),
+        "default": _evaluate(default, images, masks, parser.get_parsed_content("batch_size")),
         "published": _evaluate(published, images, masks, batch_size=1),
     }
     logger.info(
-        f"{len(images)} slices of {dataset_dir} ({section}), half with a lesion; L {default.noise_level}, "
-        f"s {default.gradient_scale:g}; {torch.get_num_threads()} threads on {next(default.parameters()).device.type}"
+        f"{len(images)} slices of {dataset_dir} ({section}), half with a lesion; published: "
+        f"{', '.join(f'{key} {value}' for key, value in default.published.items())}; "
+        f"{torch.get_num_threads()} threads on {next(default.parameters()).device.type}"
     )
-    logger.info(f"{'':<12}{'s/slice':>10}{'Dice Otsu':>12}{'best Dice':>12}{'AUROC':>10}{'healthy':>10}")
+    logger.info(f"{'':<12}{'s/slice':>10}{'slices/min':>12}{'Dice Otsu':>12}{'best Dice':>12}{'AUROC':>10}{'healthy':>10}")
     for name, row in rows.items():
         logger.info(
-            f"{name:<12}{row['seconds']:>10.3f}{row['dice']:>12.3f}{row['best_dice']:>12.3f}{row['auroc']:>10.3f}"
-            f"{row['healthy_ratio']:>10.3f}"
+            f"{name:<12}{row['seconds']:>10.3f}{60 / row['seconds']:>12.1f}{row['dice']:>12.3f}{row['best_dice']:>12.3f}"
+            f"{row['auroc']:>10.3f}{row['healthy_ratio']:>10.3f}"
         )
     logger.info(f"{rows['published']['seconds'] / rows['default']['seconds']:.1f} times faster")
     return rows
@@ -148,7 +190,10 @@ def tune(
     figure: str | None,
     settings: Mapping[str, Any],
 ) -> list[dict[str, float]]:
-    """Print, as a Markdown table, Dice and AUROC of every noise level and gradient scale; draw them if asked to."""
+    """Print, as a Markdown table, Dice and AUROC of every noise level and gradient scale; draw them if asked to.
+
+    The bundle's network is a :class:`scripts.networks.ddim_anomaly.DDIMAnomalyNet`.
+    """
     images, masks = drawn_slices(bundle, dataset_dir, num_slices, section)
     logger.info("| L | s | Dice (Otsu) | best Dice | AUROC | healthy / lesion | s a slice |\n|---|---|---|---|---|---|---|")
     rows = []

@@ -11,9 +11,11 @@ import csv
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 
+import itk
 import numpy as np
 from monai.transforms import Randomizable
 from monai.utils import ensure_tuple
@@ -23,11 +25,13 @@ from tqdm import tqdm
 __all__ = [
     "BalancedBatchSampler",
     "CohortDataset",
+    "ShuffledBatchSampler",
     "SliceDataset",
     "add_slice_labels",
     "find_cases",
     "folder_pair",
     "root_cause",
+    "section_by_order",
     "section_of",
     "take_section",
     "training_cases",
@@ -37,7 +41,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NIFTI = (".nii.gz", ".nii")
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", *NIFTI)
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 
 
 def _stem(path: Path) -> str:
@@ -48,6 +52,18 @@ def _nifti(folder: Path, stem: str) -> str | None:
     return next((str(folder / (stem + e)) for e in NIFTI if (folder / (stem + e)).is_file()), None)
 
 
+def _is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its ending or, as scanners like to give none, by its first bytes."""
+    if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
+        return False
+    if path.suffix.lower() == ".dcm":
+        return True
+    if path.name.endswith((*NIFTI, *PICTURES)) or not os.access(path, os.R_OK):
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
 def _patient(folder: Path, sequences: Sequence[str], label: str) -> dict | None:
     """Case of a folder ``<patient>/<patient>_<sequence>.nii.gz`` or of a folder with one DICOM series, if it is one."""
     images = [_nifti(folder, f"{folder.name}_{sequence}") for sequence in sequences]
@@ -55,24 +71,49 @@ def _patient(folder: Path, sequences: Sequence[str], label: str) -> dict | None:
         case = {"case": folder.name, "image": images}
         mask = _nifti(folder, f"{folder.name}_{label}")
         return {**case, "label": mask} if mask else case
-    if any(folder.glob("[!.]*.dcm")):
+    if any(_is_dicom(path) for path in folder.iterdir()):
         return {"case": folder.name, "image": str(folder)}
     return None
 
 
-def find_cases(dataset_dir: str | Path, sequences: Sequence[str], label: str = "seg", section: str = "all") -> list[dict]:
+def _pictures(folder: Path, label: str) -> list[dict]:
+    """Cases of the pictures that lie directly in a folder; ``<stem>_<label>`` with any picture's ending is a mask."""
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file()]
+    masks = {_stem(p): str(p) for p in paths if _stem(p).endswith(f"_{label}")}
+    cases = [{"case": _stem(p), "image": str(p)} for p in paths if _stem(p) not in masks]
+    return [{**c, "label": masks[f"{c['case']}_{label}"]} if f"{c['case']}_{label}" in masks else c for c in cases]
+
+
+def _has_several_series(folder: Path) -> bool:
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(False)  # a head CT with thin and thick slices is one series
+    names.SetDirectory(str(folder))
+    return len(names.GetSeriesUIDs()) > 1
+
+
+def find_cases(
+    dataset_dir: str | Path, sequences: Sequence[str], label: str = "seg", section: str = "all", pictures: bool = False
+) -> list[dict]:
     """Cases of a folder, sorted by name.
+
+    With ``pictures``, PNG, JPEG, TIFF, BMP and single DICOM files of the folder are cases too, one each, and
+    ``<case>_<label>.<ending>`` beside one is its mask. DICOM files directly in the folder are single pictures if they
+    belong to several series, else they are one scan. If the folder has no case of its own but one sub-folder with
+    pictures (``HeadCT`` of MedNIST), those are taken. A section of pictures is drawn by :func:`section_by_order`, as
+    neighbouring files may come from one scan; everything else, NIfTI files included, by :func:`section_of`.
 
     Args:
         dataset_dir: a folder of patients in the layout of BraTS (``<patient>/<patient>_<sequence>.nii.gz``, mask
-            ``<patient>_<label>.nii.gz``), of DICOM series (a folder each) or of NIfTI files (one a case, mask
-            ``<case>_<label>.nii.gz``); one such patient's folder, or one file.
+            ``<patient>_<label>.nii.gz``), of DICOM series (a folder each, files of any name) or of NIfTI files (one a
+            case, mask ``<case>_<label>.nii.gz``); one such patient's folder, or one file.
         sequences: file suffixes of the sequences, in the order of the network's channels.
         label: file suffix of the masks.
-        section: ``training``, ``validation`` or ``test``, or ``all``; see :func:`section_of`.
+        section: ``training``, ``validation`` or ``test``, or ``all``.
+        pictures: take pictures as well.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or nothing in it.
+        FileNotFoundError: if there is no such folder, or nothing in it; with ``pictures``, also if the section is empty.
+        ValueError: for an unknown section of pictures.
     """
     root = Path(dataset_dir).absolute()  # "." has no name
     if root.is_file():
@@ -80,27 +121,38 @@ def find_cases(dataset_dir: str | Path, sequences: Sequence[str], label: str = "
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the scans by --dataset_dir")
     own = _patient(root, sequences, label)
-    if own:
+    if own and not (pictures and own["image"] == str(root) and _has_several_series(root)):
         return [own]
-    cases = []
+    volumes, others = [], []
     for path in sorted(root.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
             case = _patient(path, sequences, label)
-            cases.append(case)
-            if case is None:
-                logger.warning(f"{path}: left out, it has neither {path.name}_{sequences[0]}.nii.gz nor DICOM files")
+            (volumes if case else others).append(case or path)
         elif path.name.endswith(NIFTI) and not _stem(path).endswith(f"_{label}"):
             mask = _nifti(root, f"{_stem(path)}_{label}")
-            cases.append({"case": _stem(path), "image": str(path), **({"label": mask} if mask else {})})
-    cases = [case for case in cases if case]
-    if not cases:
+            volumes.append({"case": _stem(path), "image": str(path), **({"label": mask} if mask else {})})
+    flat = _pictures(root, label) if pictures else []
+    if pictures and not volumes and not flat:
+        inner = [found for found in (_pictures(folder, label) for folder in others) if found]
+        flat, others = (inner[0], []) if len(inner) == 1 else ([], others)
+    for path in others:
+        logger.warning(f"{path}: left out, it has neither {path.name}_{sequences[0]}.nii.gz nor DICOM files")
+    if not volumes and not flat:
         raise FileNotFoundError(
             f"{root}: no scan found; expected <patient>/<patient>_{sequences[0]}.nii.gz, one NIfTI file a case, "
             "or one folder a DICOM series"
+            + (", or pictures (PNG, JPEG, TIFF, BMP, DICOM) in it or in its only sub-folder with any" if pictures else "")
         )
-    return take_section(cases, section)
+    if not pictures:
+        return take_section(volumes, section)
+    chosen = take_section(volumes, section) + section_by_order(flat, section)
+    if not chosen:
+        raise FileNotFoundError(
+            f"{root}: none of the {len(volumes) + len(flat)} cases falls into the {section} section; add scans"
+        )
+    return sorted(chosen, key=lambda case: case["case"])
 
 
 def folder_pair(dataset_dir: str | Path) -> list[dict]:
@@ -112,7 +164,7 @@ def folder_pair(dataset_dir: str | Path) -> list[dict]:
         {"case": f"{name}/{_stem(path)}", "patient": _stem(path).split("_")[0], "image": str(path), "class_label": label}
         for label, name in enumerate(("healthy", "diseased"))
         for path in sorted((Path(dataset_dir) / name).iterdir())
-        if path.name.lower().endswith(PICTURES) and not path.name.startswith(".")
+        if path.name.lower().endswith((*PICTURES, *NIFTI)) and not path.name.startswith(".")
     ]
 
 
@@ -152,6 +204,30 @@ def section_of(patient: str, fractions: Sequence[float] = (0.15, 0.1), seed: int
     return "test" if number < test else "validation" if number < test + validation else "training"
 
 
+def section_by_order(cases: list[dict], section: str = "all", fractions: Sequence[float] = (1 / 18, 1 / 18)) -> list[dict]:
+    """Cases of one section, or all of them, cut out of their order by name: training, then validation, then test.
+
+    For files that may come from one scan if they are neighbours, which a hash would mix. Of 9,000 cases, 8,000 are for
+    training, 500 for validation and 500 for test.
+
+    Args:
+        cases: cases, in any order.
+        section: ``training``, ``validation``, ``test`` or ``all``.
+        fractions: shares of test and validation; both borders are rounded to the nearest whole case.
+
+    Raises:
+        ValueError: for an unknown section.
+    """
+    test, validation = fractions
+    ordered = sorted(cases, key=lambda case: case["case"])
+    count = len(cases)
+    train, develop = round(count * (1 - test - validation)), round(count * (1 - test))
+    bounds = {"training": (0, train), "validation": (train, develop), "test": (develop, count), "all": (0, count)}
+    if section not in bounds:
+        raise ValueError(f"section must be one of {', '.join(bounds)}, got {section}")
+    return ordered[slice(*bounds[section])]
+
+
 def take_section(cases: list[dict], section: str = "all", **split: object) -> list[dict]:
     """Cases of one section, or all of them, see :func:`section_of`."""
     return [c for c in cases if section == "all" or section_of(c.get("patient", c["case"]), **split) == section]
@@ -183,8 +259,15 @@ def training_cases(
     return chosen
 
 
-def unfinished(cases: list[dict], output_dir: str | Path, overwrite: bool = False) -> list[dict]:
-    """Cases that have no row yet in ``output_dir/results.csv``, or all of them with ``overwrite``."""
+def unfinished(
+    cases: list[dict], output_dir: str | Path, overwrite: bool = False, rank: int = 0, world_size: int = 1
+) -> list[dict]:
+    """Cases that have no row yet in ``output_dir/results.csv``, or all of them with ``overwrite``.
+
+    Of several processes each takes every ``world_size``-th case, beginning with number ``rank``; what is finished is left
+    out only then, so that a case stays with its process when another one was faster.
+    """
+    cases = cases[rank::world_size]
     results = Path(output_dir) / "results.csv"
     if overwrite or not results.is_file():
         return cases
@@ -235,12 +318,20 @@ class SliceDataset(Dataset):
         data: cases, with ``label``, ``slice_labels`` or ``class_label``.
         transform: preprocessing that ends with :class:`scripts.transforms.ExtractSlicesd`.
         augmentation: random transforms of a slice, or None.
+        classes: the classes that the slices must have, all of them and no other; (0,) for healthy slices alone.
 
     Raises:
-        ValueError: naming every case that can't be read, before any training, or if a class has no slice.
+        ValueError: naming every case that can't be read, before any training, or if a class has no slice, or if there
+            are slices of another class.
     """
 
-    def __init__(self, data: Sequence[dict], transform: Callable, augmentation: Callable | None = None) -> None:
+    def __init__(
+        self,
+        data: Sequence[dict],
+        transform: Callable,
+        augmentation: Callable | None = None,
+        classes: Sequence[int] = (0, 1),
+    ) -> None:
         self.augmentation = augmentation
         self.slices: list[dict] = []
         failures = []
@@ -257,10 +348,12 @@ class SliceDataset(Dataset):
             raise ValueError(f"{len(failures)} of {len(data)} cases can't be used for training:\n" + "\n".join(failures))
         self.class_labels = np.array([s["class_label"] for s in self.slices])
         self.positions = np.array([s["position"] for s in self.slices])
-        classes = sorted(set(self.class_labels.tolist()))
-        if classes != [0, 1]:
+        found = sorted(set(self.class_labels.tolist()))
+        if found != sorted(classes):
+            wanted = " and ".join(f"{('healthy', 'diseased')[label]} ({label})" for label in sorted(classes))
             raise ValueError(
-                f"training needs healthy (0) and diseased (1) slices, found the classes {classes} in {len(data)} cases"
+                f"training needs {wanted} slices{' alone' if len(classes) == 1 else ''}, "
+                f"found the classes {found} in {len(data)} cases"
             )
 
     def __len__(self) -> int:
@@ -286,10 +379,11 @@ class BalancedBatchSampler(Sampler):
 
     Args:
         dataset: has ``class_labels`` and ``positions`` (0 ... 1), one for each slice.
-        batch_size: slices in a batch.
+        batch_size: slices in a batch of this process.
         matched: share of the healthy slices that is drawn by the positions of the diseased; the rest evenly.
         seed: seed of all batches.
-        rank: this process takes batches ``rank``, ``rank + world_size``, ... of the sequence.
+        rank: number of this process: of batches of ``world_size * batch_size`` slices, which one process would take, it gets
+            every ``world_size``-th slice, beginning with this one.
         world_size: number of processes.
     """
 
@@ -313,13 +407,47 @@ class BalancedBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for iteration in itertools.count(self.start):
-            rng = np.random.default_rng([self.seed, iteration * self.world_size + self.rank])
-            num_diseased = self.batch_size // 2
+            rng = np.random.default_rng([self.seed, iteration])
+            size = self.batch_size * self.world_size
+            num_diseased = size // 2
             chosen = np.concatenate(
                 [
                     rng.choice(self.diseased, num_diseased),
-                    rng.choice(self.healthy, self.batch_size - num_diseased, p=self.weight),
+                    rng.choice(self.healthy, size - num_diseased, p=self.weight),
                 ]
             )
-            seeds = rng.integers(2**31, size=self.batch_size)
-            yield list(zip(chosen.tolist(), seeds.tolist(), strict=True))
+            seeds = rng.integers(2**31, size=size)
+            yield list(zip(chosen.tolist(), seeds.tolist(), strict=True))[self.rank :: self.world_size]
+
+
+class ShuffledBatchSampler(Sampler):
+    """Endless batches that go through all slices, in a new order each pass, each a function of the seed and its number.
+
+    As :class:`BalancedBatchSampler`, training resumes exactly if ``start`` is set. The passes lie end to end: a batch
+    may end one and begin the next, and so a dataset may be smaller than a batch.
+
+    Args:
+        dataset: the slices; only their number counts.
+        batch_size: slices in a batch of this process.
+        seed: seed of all batches.
+        rank: number of this process: of batches of ``world_size * batch_size`` slices, which one process would take, it gets
+            every ``world_size``-th slice, beginning with this one.
+        world_size: number of processes.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.batch_size, self.seed, self.start = len(dataset), batch_size, seed, 0
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for iteration in itertools.count(self.start):
+            size = self.batch_size * self.world_size
+            places = range(iteration * size, (iteration + 1) * size)
+            orders = {p: self._order(p) for p in {place // self.length for place in places}}
+            chosen = [int(orders[place // self.length][place % self.length]) for place in places]
+            seeds = np.random.default_rng([self.seed, 1, iteration]).integers(2**31, size=size)
+            yield list(zip(chosen, seeds.tolist(), strict=True))[self.rank :: self.world_size]
+
+    def _order(self, number: int) -> np.ndarray:
+        """Order of the slices in a pass."""
+        return np.random.default_rng([self.seed, 0, number]).permutation(self.length)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scripts.benchmark import build_network
 from scripts.networks.ddim_anomaly import DISEASED
+from scripts.sprites import paint_sprites
 
 __all__ = ["draw_scan"]
 
@@ -30,23 +31,12 @@ def _phantom(num_slices: int, size: int = 128) -> Tensor:
     return torch.stack(slices)
 
 
-@torch.no_grad()
-def draw_scan(
-    bundle: Path, path: Path, num_slices: int = 8, seed: int = 0, noise_level: int = 550, num_steps: int = 110
-) -> None:
-    """Draw a head with a lesion in its middle slices, and write it as 4-D NIfTI (uint8, 2 x 2 x 5 mm).
+def _translated_phantom(bundle: Path, num_slices: int, seed: int, noise_level: int = 550, num_steps: int = 110) -> Tensor:
+    """Slices (num_slices, C, H, W) of a head with a lesion in the middle half, by guided translation.
 
     A phantom of a few ellipses is noised until little more than the outline of a head is left in it, and decoded by
     stochastic sampling (with one noise for all slices, so that they fit together). The middle half of the slices then goes
     through the bundle's translation in the wrong direction: encoded, and decoded with guidance towards disease.
-
-    Args:
-        bundle: folder of a bundle whose network is a :class:`scripts.networks.ddim_anomaly.DDIMAnomalyNet`.
-        path: file to write, ``.nii.gz``.
-        num_slices: number of slices.
-        seed: seed of the noise.
-        noise_level: level that the phantom is noised to.
-        num_steps: steps of the sampling.
     """
     painter = build_network(
         bundle, mode="ddpm", noise_level=noise_level, num_steps=num_steps, gradient_scale=0.0, seed=seed, amp=False
@@ -57,5 +47,29 @@ def draw_scan(
     slices = painter.decode(painter.encode(phantom.to(device))).clamp(0, 1)
     middle = slice(num_slices // 4, num_slices - num_slices // 4)
     slices[middle] = translator.decode(translator.encode(slices[middle]), DISEASED).clamp(0, 1)
+    return slices
+
+
+@torch.no_grad()
+def draw_scan(bundle: Path, path: Path, num_slices: int = 8, seed: int = 0) -> None:
+    """Draw a head with something to find in its middle, and write it as NIfTI (uint8).
+
+    A network that can ``draw`` healthy slices draws them, each by itself, and the middle one gets a sprite (head CT, 3-D,
+    4.5 x 4.5 x 5 mm, axes to the left and the back). Otherwise the network translates a phantom (brain MRI, 4-D with the
+    sequences last, 2 x 2 x 5 mm, axes to the right and the front).
+
+    Args:
+        bundle: folder of an anomaly bundle.
+        path: file to write, ``.nii.gz``.
+        num_slices: number of slices.
+        seed: seed of the noise, and of the sprite.
+    """
+    network = build_network(bundle, seed=seed, amp=False)
+    if hasattr(network, "draw"):
+        slices, spacing = network.draw(num_slices).cpu(), [-4.5, -4.5, 5.0]
+        middle = slice(num_slices // 2, num_slices // 2 + 1)
+        slices[middle], _ = paint_sprites(slices[middle], seed, radius=(6, 9), contrast=0.3)
+    else:
+        slices, spacing = _translated_phantom(bundle, num_slices, seed), [2.0, 2.0, 5.0]
     scan = (255 * slices).round().byte().permute(2, 3, 0, 1).cpu().numpy()  # (H, W, D, C)
-    nib.save(nib.Nifti1Image(scan, np.diag([2.0, 2.0, 5.0, 1.0])), path)
+    nib.save(nib.Nifti1Image(scan[..., 0] if scan.shape[3] == 1 else scan, np.diag([*spacing, 1.0])), path)

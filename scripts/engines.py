@@ -1,25 +1,35 @@
 """Engines that train and run the methods, on MONAI's and Ignite's.
 
-A network that trains here has ``losses(image, class_label, generator)``, which returns a dictionary of scalars.
+A network that trains here has ``losses(image, class_label, generator)``, which returns a dictionary of scalars; one that
+trains in stages has such a method for each.
 """
 
 from __future__ import annotations
 
+import csv
 import logging
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 import torch
+import torch.distributed as dist
 from monai.engines import Evaluator, SupervisedEvaluator, SupervisedTrainer
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.datasets import root_cause
+from scripts.files import written_aside
 
-__all__ = ["CohortEvaluator", "DiffusionTrainer", "DiffusionValidator", "ema_of"]
+__all__ = ["CohortEvaluator", "DiffusionTrainer", "DiffusionValidator", "distributed", "ema_of"]
 
 logger = logging.getLogger(__name__)
+
+Objective = Callable[[Tensor, Tensor, torch.Generator], dict[str, Tensor]]
 
 
 def _generator(device: torch.device, *numbers: int) -> torch.Generator:
@@ -37,73 +47,114 @@ def ema_of(network: nn.Module, decay: float = 0.9995) -> AveragedModel:
     return AveragedModel(network, avg_fn=average)
 
 
+class _Losses(nn.Module):
+    """A network whose forward is one of its methods that return losses."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        super().__init__()
+        self.network, self.method = network, method
+
+    def forward(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return getattr(self.network, self.method)(image, class_label, generator)
+
+
+def distributed(network: nn.Module, method: str = "losses") -> DistributedDataParallel:
+    """The objective of a network in one of several processes, which averages the gradient over all of them.
+
+    Args:
+        network: the network, on this process's device.
+        method: name of the method that returns the losses.
+
+    Returns:
+        a callable with the method's arguments, for :class:`DiffusionTrainer`.
+    """
+    # a stage of a training leaves the other stages' weights alone
+    return DistributedDataParallel(_Losses(network, method), find_unused_parameters=True)
+
+
 class DiffusionTrainer(SupervisedTrainer):
     """Trainer of all networks of a method on the same noised batch, by the sum of the losses that it returns.
 
     Every random draw of iteration n comes from a generator seeded with (seed, n), so that training that was cut off
-    resumes exactly. ``engine.state.output`` is a dictionary with the losses and their sum ``loss``.
+    resumes exactly; several processes share the draws of one (:func:`scripts.samplers.for_batch`).
+    ``engine.state.output`` is a dictionary with the losses, of all processes together, and their sum ``loss``.
 
     Args:
         ema: moving average that follows the weights, see :func:`ema_of`.
         seed: seed of the levels and of the noise.
         max_norm: bound of the gradient's norm, for each sub-network (direct child) by itself.
+        objective: method of the network that returns the losses; None for ``network.losses``.
         kwargs: arguments of :class:`monai.engines.SupervisedTrainer`.
 
     Raises:
-        FloatingPointError: as soon as a loss is not finite.
+        FloatingPointError: as soon as a loss or its gradient is not finite, before it spoils the weights.
     """
 
-    def __init__(self, *, ema: AveragedModel, seed: int = 0, max_norm: float = 1.0, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *,
+        ema: AveragedModel,
+        seed: int = 0,
+        max_norm: float = 1.0,
+        objective: Objective | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(loss_function=None, decollate=False, **kwargs)
         self.ema, self.seed, self.max_norm = ema, seed, max_norm
+        self.objective = objective or self.network.losses
 
     def _iteration(self, engine: DiffusionTrainer, batchdata: dict) -> dict[str, float]:
         device, iteration = engine.state.device, engine.state.iteration
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
-        generator = _generator(device, engine.seed, iteration, engine.state.rank)
+        generator = _generator(device, engine.seed, iteration)
 
         engine.network.train()
-        losses = engine.network.losses(image, class_label, generator)
+        losses = engine.objective(image, class_label, generator)
         loss = torch.stack(list(losses.values())).sum()
-        if not loss.isfinite():
-            values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"the loss is no longer finite at iteration {iteration} ({values}): "
-                "lower the learning rate and resume from the last checkpoint"
-            )
         engine.optimizer.zero_grad()
         loss.backward()
-        for part in engine.network.children():
-            nn.utils.clip_grad_norm_(list(part.parameters()), engine.max_norm)
+        norms = [nn.utils.clip_grad_norm_(list(part.parameters()), engine.max_norm) for part in engine.network.children()]
+        if not torch.stack([loss.detach(), *norms]).isfinite().all():
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+            raise FloatingPointError(
+                f"the loss or its gradient is no longer finite at iteration {iteration} ({values}): "
+                "lower the learning rate and resume from the last checkpoint"
+            )
         engine.optimizer.step()
         engine.ema.update_parameters(engine.network)
-        return {"loss": loss.item(), **{name: value.item() for name, value in losses.items()}}
+        values = torch.stack([loss.detach(), *(value.detach() for value in losses.values())])
+        if dist.is_initialized():
+            dist.all_reduce(values)
+            values /= dist.get_world_size()
+        return dict(zip(["loss", *losses], values.tolist(), strict=True))
 
 
 class DiffusionValidator(Evaluator):
     """Validation without a single sampling step: the losses on held-out slices, always with the same noise.
 
-    ``engine.state.output`` holds the losses of the batch, and ``class_label`` and ``score`` (log-odds of disease at level
-    0), for ROC AUC by :class:`monai.handlers.ROCAUC`.
+    ``engine.state.output`` holds the losses of the batch and, if the network has a classifier (``probability(image)``),
+    ``class_label`` and ``score``, for ROC AUC by :class:`monai.handlers.ROCAUC`.
 
     Args:
         network: the network with averaged weights.
         seed: seed of the levels and of the noise.
+        objective: method of the network that returns the losses; None for ``network.losses``.
         kwargs: arguments of :class:`monai.engines.Evaluator`.
     """
 
-    def __init__(self, *, network: nn.Module, seed: int = 0, **kwargs: object) -> None:
+    def __init__(self, *, network: nn.Module, seed: int = 0, objective: Objective | None = None, **kwargs: object) -> None:
         super().__init__(decollate=False, **kwargs)
-        self.network, self.seed = network, seed
+        self.network, self.seed, self.objective = network, seed, objective or network.losses
 
     def _iteration(self, engine: DiffusionValidator, batchdata: dict) -> dict:
         device = engine.state.device
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
         generator = _generator(device, engine.seed, engine.state.iteration)
         with engine.mode(engine.network):
-            losses = engine.network.losses(image, class_label, generator)
-            score = engine.network.probability(image)
-        return {**{k: v.item() for k, v in losses.items()}, "score": score, "class_label": class_label}
+            losses = {k: v.item() for k, v in engine.objective(image, class_label, generator).items()}
+            if not hasattr(engine.network, "probability"):
+                return losses
+            return {**losses, "score": engine.network.probability(image), "class_label": class_label}
 
 
 class CohortEvaluator(SupervisedEvaluator):
@@ -130,8 +181,28 @@ class CohortEvaluator(SupervisedEvaluator):
         logger.error(f"{case}: {failure[0]}")
         return []
 
-    def report_failures(self) -> None:
-        """List the cases that failed, and end the program with exit status 1 if there is any."""
-        if self.failures:
-            lines = [f"{case}: {failure}" for case, failure in self.failures.items()]
+    def report_failures(self, output_dir: str | Path | None = None) -> None:
+        """List the cases that failed, and end the program with exit status 1 if there is any.
+
+        Args:
+            output_dir: folder to keep them in, as ``failures.csv`` (case, reason), which goes if there is none; None to
+                keep nothing. Several processes keep the failures of all, and end alike.
+        """
+        failures = self.failures
+        if dist.is_initialized():
+            shares = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(shares, failures)
+            failures = {case: failure for share in shares for case, failure in share.items()}
+        if output_dir is not None and not idist.get_rank():
+            path = Path(output_dir) / "failures.csv"
+            try:
+                if failures:
+                    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+                        csv.writer(file).writerows([("case", "reason"), *failures.items()])
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:  # a full disk may be why cases failed: they still have to be listed
+                logger.error(f"{path}: can't be written ({error.strerror or error})")
+        if failures:
+            lines = [f"{case}: {failure}" for case, failure in failures.items()]
             sys.exit("\n".join([f"{len(lines)} case(s) failed:", *lines]))

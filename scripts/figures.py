@@ -1,4 +1,4 @@
-"""Pictures: the overview of a case, the table of guidance settings, the curves of a training.
+"""Pictures: the overview of a case, the table of guidance settings, the curve over the contrast of sprites.
 
 Every figure is a ``matplotlib.figure.Figure`` of its own (no pyplot, whose state is shared between threads), and the
 same input gives the same bytes.
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from monai.config import NdarrayOrTensor, PathLike
 from monai.utils import convert_to_numpy
 
-__all__ = ["guidance_table_figure", "loss_figure", "overview"]
+__all__ = ["contrast_figure", "guidance_table_figure", "overview"]
 
 MASK_COLOR, LABEL_COLOR = "#ffd400", "#00b4ff"
 
@@ -34,6 +34,7 @@ def overview(
     slice_dim: int = 2,
     vmax: float | None = None,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    slices: Sequence[int] | None = None,
 ) -> None:
     """Overview picture of one case as PNG, a row a slice.
 
@@ -55,6 +56,7 @@ def overview(
         slice_dim: spatial axis that slices are counted along: 0, 1 or 2.
         vmax: upper end of the map's colour scale; the 99.8th percentile of the shown slices if not given.
         spacing: size of a voxel along the three axes, in mm.
+        slices: the slices to show, from the top, in place of a choice of ``num_rows``.
     """
     picture, restored = (_slices_last(volume, channel, slice_dim) for volume in (image, healthy))
     anomaly, found = (_slices_last(volume, 0, slice_dim) for volume in (anomaly_map, mask))
@@ -62,7 +64,7 @@ def overview(
     if label is not None:  # below the mask and wider, so that both are seen where they agree
         outlines.insert(0, (_slices_last(label, 0, slice_dim) > 0, "label", {"colors": LABEL_COLOR, "linewidths": 4}))
 
-    chosen = _choose_slices(picture, found > 0, num_rows)
+    chosen = _choose_slices(picture, found > 0, num_rows) if slices is None else np.asarray(slices)
     # a few bright voxels (vessels, noise) would darken all the rest
     grey = {"cmap": "gray", "vmin": picture.min(), "vmax": np.percentile(picture, 99.8)}
     vmax = vmax or np.percentile(anomaly[..., chosen], 99.8) or anomaly[..., chosen].max() or 1.0
@@ -140,23 +142,24 @@ def guidance_table_figure(path: PathLike | BinaryIO, rows: Sequence[Mapping[str,
     _save(figure, path)
 
 
-def loss_figure(path: PathLike | BinaryIO, history: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Curves of a training as PNG, a panel each; the axis is logarithmic where all values are above 0.
+def contrast_figure(path: PathLike | BinaryIO, rows: Sequence[Mapping[str, float | str]]) -> None:
+    """Largest Dice over the contrast of painted sprites as PNG, a line for each method.
 
     Args:
         path: file to write, or a binary buffer.
-        history: name of a curve to its iterations and its values; one curve at least.
+        rows: dicts with ``method``, ``contrast`` and ``best_dice``.
     """
-    figure = Figure(figsize=(6 * len(history), 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots(1, len(history), squeeze=False)[0]
-    for axis, (name, (iterations, values)) in zip(axes, history.items(), strict=True):
-        axis.plot(iterations, values, linewidth=1.5)
-        if min(values) > 0:
-            axis.set_yscale("log")
-        axis.set_title(name, fontsize=14)
-        axis.set_xlabel("iteration", fontsize=13)
-        axis.tick_params(labelsize=12)
-        axis.grid(alpha=0.3, which="both")
+    figure = Figure(figsize=(7, 5), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in rows):  # in their order
+        line = sorted((row["contrast"], row["best_dice"]) for row in rows if row["method"] == method)
+        axis.plot(*zip(*line, strict=True), marker="o", label=method)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("difference in grey level between the sprite and what it covers", fontsize=13)
+    axis.set_ylabel("largest Dice", fontsize=13)
+    axis.tick_params(labelsize=12)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=12)
     _save(figure, path)
 
 

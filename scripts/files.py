@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["sha256_of", "written_aside"]
+from filelock import FileLock
+
+__all__ = ["locked", "sha256_of", "written_aside"]
+
+
+def locked(path: str | Path) -> FileLock:
+    """A lock for ``with``, which all of a user's processes on this machine share by the path; nothing is left beside it."""
+    name = hashlib.sha256(f"{getpass.getuser()}:{Path(path).resolve()}".encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"{name}.lock")
 
 
 @contextmanager

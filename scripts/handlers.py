@@ -9,23 +9,27 @@ import csv
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.transforms import Orientation
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from scripts.datasets import root_cause
+from scripts.dicom import write_segmentation
 from scripts.figures import overview
-from scripts.files import sha256_of, written_aside
+from scripts.files import locked, sha256_of, written_aside
 
-__all__ = ["CaseSaver", "ModelSaver", "ProgressBar", "TrainingCheckpoint"]
+__all__ = ["Calibration", "CaseSaver", "ModelSaver", "ProgressBar", "TrainingCheckpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +44,13 @@ class CaseSaver:
     volume of the finding in ml, score (largest mean of the anomaly map over a slice), trust (largest of the classifier's
     probabilities of disease over the slices), seconds, and the version of bundle and weights.
 
+    Of a case that was read from the folder of a DICOM series, also ``_seg.dcm``, see
+    :func:`scripts.dicom.write_segmentation`. Where that can't be made (no geometry, several frames a file, …) a warning
+    says why, and the case is kept without it: the NIfTI files hold all results.
+
     Args:
         output_dir: where to.
-        meta: the bundle's metadata, for its name and version.
+        meta: the bundle's metadata, for its name, version and labels.
         weights: the bundle's weights, for their hash.
         channel: sequence that the overview picture shows.
         picture: whether to draw the overview picture.
@@ -52,7 +60,7 @@ class CaseSaver:
         self, output_dir: str | Path, meta: Mapping[str, Any], weights: str | Path, channel: int = 0, picture: bool = True
     ) -> None:
         self.output_dir, self.weights = Path(output_dir), Path(weights)
-        self.bundle, self.version = meta["name"], meta["version"]
+        self.bundle, self.version, self.meta = meta["name"], meta["version"], meta
         self.channel, self.picture = channel, picture
         self.begun = time.perf_counter()
 
@@ -91,14 +99,18 @@ class CaseSaver:
                 _write_nifti(folder / f"{name}_seg.nii.gz", mask, np.uint8)
                 _write_nifti(folder / f"{name}_map.nii.gz", anomaly, np.float32)
                 _write_nifti(folder / f"{name}_healthy.nii.gz", case["healthy"], np.float32)
+                source = case["image"].meta.get("filename_or_obj")
+                if source and Path(source).is_dir():
+                    self._write_dicom(folder / f"{name}_seg.dcm", source, mask)
                 if self.picture:
+                    upright = Orientation(axcodes="RAS", labels=None)  # as overview draws axial slices
                     overview(
                         folder / f"{name}_overview.png",
-                        image=case["image"],
-                        healthy=case["healthy"],
-                        anomaly_map=anomaly,
-                        mask=mask,
-                        label=case.get("label"),
+                        image=upright(case["image"]),
+                        healthy=upright(case["healthy"]),
+                        anomaly_map=upright(anomaly),
+                        mask=upright(mask),
+                        label=upright(case["label"]) if case.get("label") is not None else None,
                         title=name,
                         channel=self.channel,
                     )
@@ -121,17 +133,29 @@ class CaseSaver:
             ) from None
         logger.info(f"{name}: finding {row['finding_ml']} ml, trust {row['trust']}, {row['seconds']} s")
 
+    def _write_dicom(self, path: Path, series_dir: str, mask: Any) -> None:
+        """Write the mask as DICOM, or a line that says why not; only a disk that can't be written fails the case."""
+        try:
+            labels = self.meta["network_data_format"]["outputs"]["pred"]["channel_def"]
+            names = [labels[number] for number in sorted(labels, key=int) if number != "0"]
+            write_segmentation(path, series_dir, mask, names, self.bundle, self.version, self.weights_hash)
+        except OSError:
+            raise
+        except Exception as error:  # the library has many ways to refuse a header
+            logger.warning(f"no {path.name}, the NIfTI files hold the results: {root_cause(error)}")
+
     def add_row(self, row: Mapping[str, str]) -> None:
         """Put a case's row into ``results.csv``, in place of an earlier one."""
         path = self.output_dir / "results.csv"
-        rows = []
-        if path.is_file():
-            with open(path, newline="") as file:
-                rows = [r for r in csv.DictReader(file) if r["case"] != row["case"]]
-        with written_aside(path) as aside, open(aside, "w", newline="") as file:
-            writer = csv.DictWriter(file, RESULT_COLUMNS)
-            writer.writeheader()
-            writer.writerows([*rows, row])
+        with locked(path):  # other processes add theirs
+            rows = []
+            if path.is_file():
+                with open(path, newline="") as file:
+                    rows = [r for r in csv.DictReader(file) if r["case"] != row["case"]]
+            with written_aside(path) as aside, open(aside, "w", newline="") as file:
+                writer = csv.DictWriter(file, RESULT_COLUMNS)
+                writer.writeheader()
+                writer.writerows([*rows, row])
 
 
 def _write_nifti(path: Path, image: Any, dtype: type) -> None:
@@ -188,11 +212,39 @@ class TrainingCheckpoint:
             self.save(engine)
 
     def save(self, engine: Engine) -> None:
+        if idist.get_rank():  # all processes have the same state, one writes it
+            return
         state = {name: item.state_dict() for name, item in self.objects.items()}
         state |= {"iteration": engine.state.iteration, "epoch_length": engine.state.epoch_length}
         with written_aside(self.path) as aside:
             torch.save(state, aside)
         self.saved = time.monotonic()
+
+
+class Calibration:
+    """Measure what the averaged model of healthy slices makes of held-out ones, so that the weights carry its thresholds.
+
+    To be put before :class:`ModelSaver`.
+
+    Args:
+        ema: the averaged network, a :class:`scripts.networks.healthy_model.HealthyModel`.
+        network: the network in training, which gets the same thresholds, since the average copies its buffers.
+        loader: batches of held-out healthy slices.
+        interval: epochs between two measurements; the last epoch always ends with one.
+    """
+
+    def __init__(self, ema: AveragedModel, network: nn.Module, loader: Iterable[dict], interval: int = 1) -> None:
+        self.ema, self.network, self.loader, self.interval = ema, network, loader, interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval and engine.state.epoch != engine.state.max_epochs:
+            return
+        self.ema.module.calibrate(self.loader)
+        for mine, measured in zip(self.network.buffers(), self.ema.module.buffers(), strict=True):
+            mine.copy_(measured)
 
 
 class ModelSaver:
@@ -210,6 +262,8 @@ class ModelSaver:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
+        if idist.get_rank():
+            return
         network: nn.Module = self.ema.module
         state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
         with written_aside(self.path) as aside:
@@ -227,7 +281,13 @@ class ProgressBar:
     def start(self, engine: Engine) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
         self.mean: dict[str, float] = {}
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", mininterval=1, disable=None)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="training",
+            mininterval=1,
+            disable=bool(idist.get_rank()) or None,
+        )
 
     def __call__(self, engine: Engine) -> None:
         for name, value in engine.state.output.items():

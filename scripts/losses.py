@@ -5,9 +5,27 @@ from __future__ import annotations
 import math
 
 import torch
+from monai.losses import JukeboxLoss
 from torch import Tensor
 
-__all__ = ["variational_bound"]
+__all__ = ["SpectralLoss", "gaussian_kl", "variational_bound"]
+
+
+class SpectralLoss(JukeboxLoss):
+    """MONAI's spectral loss (Dhariwal et al. 2020, arXiv 2005.00341, section 3.3), with a gradient everywhere.
+
+    The root in the amplitude has none at zero, where MONAI's loss gives NaN and ruins a training.
+    """
+
+    def _get_fft_amplitude(self, images: Tensor) -> Tensor:
+        spectrum = torch.fft.fftn(images, dim=self.fft_dim, norm=self.fft_norm)
+        return (spectrum.real**2 + spectrum.imag**2 + 1e-8).sqrt()
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """Divergence KL( N(mean, variance) || N(other_mean, other_variance) ) of each element, in nats; shapes broadcast."""
+    gap = (log_variance - other_log_variance).exp() + (mean - other_mean) ** 2 * (-other_log_variance).exp()
+    return (other_log_variance - log_variance + gap - 1) / 2
 
 
 def variational_bound(noise_pred: Tensor, fraction: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -39,5 +57,4 @@ def variational_bound(noise_pred: Tensor, fraction: Tensor, noise: Tensor, t: Te
     log_lower, log_upper = at(lower.log()), at(betas.log())
     log_variance = torch.lerp(log_lower, log_upper, fraction)
     mean_gap = at(mean_scale) * (noise_pred.detach() - noise)
-    gap = (log_lower - log_variance).exp() + mean_gap**2 * (-log_variance).exp()
-    return (log_variance - log_lower + gap - 1).mean() / (2 * math.log(2))
+    return gaussian_kl(mean_gap, log_lower, torch.zeros_like(mean_gap), log_variance).mean() / math.log(2)

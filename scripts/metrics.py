@@ -154,9 +154,10 @@ class AnomalyMetrics:
 
     - ``num_cases``, ``dice_mean``, ``dice_std``;
     - ``best_dice``, ``best_threshold``: largest Dice with one threshold for all voxels of the cohort;
-    - ``auroc``, ``auprc``: of all voxels; ``auroc_lesion_slices``, ``auprc_lesion_slices``: of slices with a lesion
-      voxel only (the literature has both);
-    - ``slice_auroc``: probability against "diseased slice", without ambiguous and skipped slices;
+    - ``auroc``, ``auprc``: of all voxels;
+    - ``best_dice_lesion_slices``, ``auroc_lesion_slices``, ``auprc_lesion_slices``: the same of slices with a lesion voxel
+      only (the literature has both);
+    - ``slice_auroc``, ``slice_auprc``: probability against "diseased slice", without ambiguous and skipped slices;
     - ``healthy_ratio``: mean map over slices without lesion, divided by mean map in lesions.
 
     Args:
@@ -288,9 +289,11 @@ class AnomalyMetrics:
             "best_threshold": best_threshold,
             "auroc": self.voxels.auroc(),
             "auprc": self.voxels.auprc(),
+            "best_dice_lesion_slices": self.lesion_slice_voxels.best_dice()[0],
             "auroc_lesion_slices": self.lesion_slice_voxels.auroc(),
             "auprc_lesion_slices": self.lesion_slice_voxels.auprc(),
             "slice_auroc": self.slices.auroc(),
+            "slice_auprc": self.slices.auprc(),
             "healthy_ratio": (healthy_mean / lesion_mean).item(),
         }
         engine.state.metrics.update(summary)
@@ -303,5 +306,5 @@ class AnomalyMetrics:
         for path, text in ((self.table_path, table.getvalue()), (self.summary_path, json.dumps(finite, indent=4) + "\n")):
             with written_aside(path) as aside:
                 aside.write_text(text, encoding="utf-8")
-        figures = "\n".join(f"  {key:<20} {value:.4g}" for key, value in summary.items())
+        figures = "\n".join(f"  {key:<24} {value:.4g}" for key, value in summary.items())
         logger.info(f"Evaluation of {len(self.rows)} case(s), by case in {self.table_path}:\n{figures}")

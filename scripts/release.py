@@ -152,4 +152,4 @@ def _orientation_faults(bundle: Path, meta: dict) -> Iterator[str]:
                 continue
             back = nib.as_closest_canonical(other).get_fdata()
             if not np.allclose(back, nib.as_closest_canonical(plain).get_fdata(), atol=1e-2):
-                yield f"the {ending} of a scan stored as ASL differs from that of the same scan stored as RAS"
+                yield f"the {ending} of a scan stored as ASL differs from that of the same scan stored as it is"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "ddim",
     "ddpm",
     "dpmpp_2m",
+    "draw_noised",
+    "for_batch",
     "heun",
     "level_grid",
     "multistep",
     "noise_from_v",
     "noise_image",
+    "posterior",
 ]
 
 Model = Callable[[Tensor, int], Tensor]
@@ -92,9 +96,62 @@ def noise_image(x0: Tensor, noise: Tensor, a: Tensor) -> Tensor:
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
+def for_batch(draw: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random numbers for a batch, which does not depend on how many processes share it.
+
+    Args:
+        draw: ``torch.rand`` or ``torch.randn``.
+        shape: of the numbers, beginning with this process's share of the batch.
+        generator: in the same state in all processes.
+
+    Returns:
+        what one process would draw for the whole batch; of several, each gets every ``world_size``-th row, beginning with
+        its rank, as the batch samplers of :mod:`scripts.datasets` share the slices.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shape = (world_size * shape[0], *shape[1:])
+    return draw(shape, generator=generator, device=generator.device)[rank::world_size]
+
+
+def draw_noised(
+    x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator, level_power: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise each image of a batch to a level of its own, for training.
+
+    Args:
+        x0: clean images (B, ...).
+        alphas_cumprod: table with one entry a level, entry 0 being 1.
+        generator: source of the levels and of the noise, see :func:`for_batch`.
+        level_power: levels are T·u^level_power, u uniform, rounded up; above 1 the lower ones come more often.
+
+    Returns:
+        noised images (B, ...), their levels (B,) from 1 to T, and the noise (B, ...).
+    """
+    num_levels = len(alphas_cumprod) - 1
+    u = for_batch(torch.rand, (len(x0),), generator)
+    t = 1 + (num_levels * u**level_power).long().clamp(max=num_levels - 1)
+    noise = for_batch(torch.randn, x0.shape, generator)
+    a = alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
+    return noise_image(x0, noise, a), t, noise
+
+
 def noise_from_v(x: Tensor, v: Tensor, a: Tensor) -> Tensor:
     """Noise estimate of a v-predicting network (Salimans & Ho 2022, arXiv 2202.00512): v = sqrt(a)·noise - sqrt(1-a)·x0."""
     return a.sqrt() * v + (1 - a).sqrt() * x
+
+
+def posterior(x: Tensor, x0: Tensor, a_t: Tensor | float, a_s: Tensor | float) -> tuple[Tensor, Tensor | float]:
+    """Mean and variance of the Gaussian q(x_s | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eq. 6 and 7).
+
+    Args:
+        x: noised image x_t.
+        x0: clean image, or an estimate of it, which makes this p(x_s | x_t).
+        a_t: ``alphas_cumprod`` at the level t of x.
+        a_s: the same at the lower level s.
+    """
+    beta = 1 - a_t / a_s
+    mean = (a_s**0.5 * beta * x0 + (a_t / a_s) ** 0.5 * (1 - a_s) * x) / (1 - a_t)
+    return mean, beta * (1 - a_s) / (1 - a_t)
 
 
 def _angles(levels: Sequence[int], alphas_cumprod: Tensor) -> list[float]:
@@ -214,14 +271,13 @@ def ddpm(
     """
     for t, s in pairwise(levels):
         a_t, a_s = alphas_cumprod[t].item(), alphas_cumprod[s].item()
-        beta = 1 - a_t / a_s
-        lower = beta * (1 - a_s) / (1 - a_t)
         noise = model(x, t)
         noise, fraction = noise if isinstance(noise, tuple) else (noise, None)
         x0 = (x - (1 - a_t) ** 0.5 * noise) / a_t**0.5
-        x = (a_s**0.5 * beta * x0 + (a_t / a_s) ** 0.5 * (1 - a_s) * x) / (1 - a_t)
+        x, lower = posterior(x, x0, a_t, a_s)
         if s > 0:
-            deviation = lower**0.5 if fraction is None else (beta / lower) ** (fraction / 2) * lower**0.5
+            upper = 1 - a_t / a_s
+            deviation = lower**0.5 if fraction is None else (upper / lower) ** (fraction / 2) * lower**0.5
             x = x + deviation * draw_noise(x)
         x = correct(x, t, s)
     return x

@@ -13,9 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai import transforms as monai_transforms
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor, PILReader
-from monai.transforms import LoadImage, MapTransform, RandomizableTransform, Transform
+from monai.data.utils import affine_to_spacing, is_supported_format, to_affine_nd
+from monai.transforms import (
+    Compose,
+    GaussianSmooth,
+    InvertibleTransform,
+    LoadImage,
+    MapTransform,
+    RandomizableTransform,
+    Resize,
+    ResizeWithPadOrCrop,
+    Spacing,
+    Transform,
+)
 from monai.transforms.traits import MultiSampleTrait
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple, ensure_tuple_rep
@@ -24,8 +37,11 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
+from scripts.dicom import read_series
+
 __all__ = [
     "ExtractSlicesd",
+    "FitSlicesd",
     "LoadSequencesd",
     "MapToMask",
     "MapToMaskd",
@@ -36,6 +52,9 @@ __all__ = [
     "RestoreIntensityd",
     "ScaleIntensityByForeground",
     "ScaleIntensityByForegroundd",
+    "ScaleIntensityByWindow",
+    "ScaleIntensityByWindowd",
+    "Spacingd",
     "SplitPredictiond",
     "cohort_otsu",
     "has_foreground",
@@ -65,11 +84,22 @@ def _with_meta(result: Tensor, like: MetaTensor, **meta: Any) -> MetaTensor:
 
 def _to_grey(picture: Image) -> Image:
     """A picture with one channel: 16 and 32 bit stay as they are, everything else becomes 0..255."""
+    if getattr(picture, "n_frames", 1) > 1 and picture.format == "TIFF":
+        raise ValueError("several pages, of which only the first would be read")
     if picture.mode.startswith(("I", "F")):
         return picture
     grey = picture.convert("L")
     grey.format = picture.format  # conversion sets it to None, which no batch of meta data can hold
     return grey
+
+
+class _PictureReader(PILReader):
+    """MONAI's reader of pictures, for TIFF too, which would else go to ITK and keep its colours."""
+
+    suffixes = ("png", "jpg", "jpeg", "bmp", "tif", "tiff")
+
+    def verify_suffix(self, filename: Sequence[str | os.PathLike] | str | os.PathLike) -> bool:
+        return is_supported_format(filename, self.suffixes)
 
 
 class LoadSequencesd(MapTransform):
@@ -80,18 +110,24 @@ class LoadSequencesd(MapTransform):
     a picture, which becomes (C, H, W). Colours become grey; the 8 bits of a picture stay 0 to 255. In a list, ``None``
     stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path.
 
+    PNG, JPEG, TIFF and BMP have no geometry. Such a picture is taken to be in radiological view, the patient's left on
+    the right, front up, with pixels of 1 mm: its affine is diag(-1, -1, 1, 1), its orientation LPS.
+
     Args:
         keys: keys of the paths.
         sequences: names of the sequences that the bundle expects, in order.
         stand_in: the sequence that takes the place of missing ones; a lone single-channel file then stands for all
             sequences. ``None``: every sequence must be given.
         min_ndim: least number of spatial axes, 3 for volumes (of one slice or more), 2 to accept pictures as well.
+        as_volume: make a 2-D image a volume of one slice, (C, H, W, 1), with an affine of 4 x 4.
+        allow_empty: take images whose voxels are all equal: masks, and slices beside the head.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
         ValueError: in one line with the file's name and the mend, for a file that is missing, may not be read, can't
-            be read or is no image, has too few axes, the wrong number of sequences, another grid than the first
-            sequence, voxels that are no finite numbers, or voxels that are all equal.
+            be read or is no image, a folder that isn't one DICOM series (see :func:`scripts.dicom.read_series`), too few
+            axes, the wrong number of sequences, another grid than the first sequence, voxels that are no finite numbers,
+            or (without ``allow_empty``) voxels that are all equal.
     """
 
     def __init__(
@@ -100,15 +136,20 @@ class LoadSequencesd(MapTransform):
         sequences: Sequence[str],
         stand_in: str | None = None,
         min_ndim: int = 3,
+        as_volume: bool = False,
+        allow_empty: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.sequences = ensure_tuple(sequences)
         self.stand_in = stand_in
         self.min_ndim = min_ndim
+        self.as_volume = as_volume
+        self.allow_empty = allow_empty
         self.wanted = f"{len(self.sequences)} ({', '.join(self.sequences)})"
         self.loader = LoadImage(image_only=True, ensure_channel_first=True)
-        self.loader.register(PILReader(converter=_to_grey))
+        self.picture_reader = _PictureReader(converter=_to_grey)
+        self.loader.register(self.picture_reader)
         if stand_in is not None and stand_in not in self.sequences:
             raise ValueError(f"stand_in must be one of {', '.join(self.sequences)}, got {stand_in}.")
 
@@ -172,6 +213,8 @@ class LoadSequencesd(MapTransform):
                 f"{path}: unreadable ({type(error).__name__}), cut short or not an image; copy it again, or convert it "
                 "to NIfTI."
             ) from error
+        if Path(path).expanduser().is_dir():
+            read_series(path)  # refuses what ITK reads without a word, though it isn't one series
         voxels = image.as_tensor()
         if not self.min_ndim <= voxels.ndim - 1 <= 3:
             wanted = "3-D" if self.min_ndim == 3 else "2-D or 3-D"
@@ -182,10 +225,28 @@ class LoadSequencesd(MapTransform):
         if not voxels.isfinite().all():
             raise ValueError(f"{path}: NaN or infinite voxels; replace them (numpy.nan_to_num) and save it again.")
         for number, channel in enumerate(voxels, start=1):
-            if channel.min() == channel.max():
+            if channel.min() == channel.max() and not self.allow_empty:
                 raise ValueError(
                     f"{path}: empty, all voxels of sequence {number} are {channel.min():g}; export the scan again."
                 )
+        return self._place(image, path)
+
+    def _place(self, image: MetaTensor, path: str | os.PathLike) -> MetaTensor:
+        """The image with the affine of a picture if it is one, and with three axes if they are wanted."""
+        if self.picture_reader.verify_suffix(path):
+            # MONAI's arrays of pictures are (x, y) with y downwards; without a word it takes them to be RAS
+            affine = torch.diag(torch.tensor([-1, -1, 1, 1], dtype=torch.float64))
+            image = _with_meta(image.as_tensor(), image, affine=affine, original_affine=affine.numpy(), space="RAS")
+        if self.as_volume and image.ndim == 3:
+            affine = torch.as_tensor(to_affine_nd(3, image.affine))
+            image = _with_meta(
+                image.as_tensor()[..., None],
+                image,
+                affine=affine,
+                original_affine=affine.numpy(),
+                spatial_shape=np.array([*image.shape[1:], 1]),
+            )
+            image.spatial_ndim = 3  # MONAI keeps the 2 of a picture, by which Resize would drop the new axis again
         return image
 
 
@@ -265,10 +326,101 @@ class ScaleIntensityByForegroundd(MapTransform):
         return d
 
 
+class ScaleIntensityByWindow(Transform):
+    """Bring CT to [0, 1]: Hounsfield units by a window, the grey levels of pictures by a division by 255.
+
+    ``meta`` of the result gets ``units`` (``hounsfield`` or ``grey``) and, as lists with one number a channel,
+    ``intensity_scale`` and ``intensity_offset``: a scaled value times the one plus the other is in the scan's own unit
+    again, up to clipping; :class:`RestoreIntensityd` does that. Not an ``InvertibleTransform`` for the same reason as
+    :class:`ScaleIntensityByForeground`.
+
+    Args:
+        window: the values lo and hi, in Hounsfield units, that become ``darkest`` and 1; what lies outside is clipped.
+        units: ``hounsfield``; ``grey``, 0 to 255, clipped; or ``auto``, which is ``hounsfield`` if any voxel is negative,
+            else ``grey``: 8-bit pictures have no negative values, and a CT in Hounsfield units always shows air. A CT
+            without it, such as a brain cut out of its skull, needs ``hounsfield`` said.
+        darkest: grey level of what lies at or below the window, in [0, 1).
+
+    Raises:
+        ValueError: for unknown units, or a window that is no two numbers lo < hi.
+    """
+
+    def __init__(self, window: Sequence[float], units: str = "auto", darkest: float = 0.0) -> None:
+        if units not in ("auto", "hounsfield", "grey"):
+            raise ValueError(f"units must be auto, hounsfield or grey, got {units}.")
+        if len(window) != 2 or not window[0] < window[1]:
+            raise ValueError(f"window must be two numbers, the lower one first, got {window}.")
+        self.low, self.high = map(float, window)
+        self.units, self.darkest = units, darkest
+
+    def __call__(self, img: NdarrayOrTensor) -> MetaTensor:
+        """
+        Args:
+            img: volume or slice (C, H, W[, D]), Hounsfield units or grey levels from 0 to 255.
+
+        Returns:
+            float32, same shape, in [0, 1].
+
+        Raises:
+            ValueError: with the file's name, if grey levels exceed 255.
+        """
+        image = convert_to_tensor(img, dtype=torch.float32, track_meta=True)
+        voxels = image.as_tensor()
+        units = self.units
+        if units == "auto":
+            units = "hounsfield" if voxels.min() < 0 else "grey"
+        if units == "grey" and voxels.max() > 255:
+            raise ValueError(
+                f"{image.meta.get('filename_or_obj', 'image')}: grey levels up to {voxels.max():g}, pictures have 0 to 255; "
+                "give --units hounsfield if this is a CT, else save it with 8 bits."
+            )
+        offset, scale, darkest = 0.0, 255.0, 0.0
+        if units == "hounsfield":
+            scale, darkest = (self.high - self.low) / (1 - self.darkest), self.darkest
+            offset = self.high - scale
+        return _with_meta(
+            ((voxels - offset) / scale).clamp(darkest, 1),
+            like=image,
+            units=units,
+            intensity_scale=[scale] * len(voxels),
+            intensity_offset=[offset] * len(voxels),
+        )
+
+
+class ScaleIntensityByWindowd(MapTransform):
+    """Dictionary form of :class:`ScaleIntensityByWindow`.
+
+    Args:
+        keys: keys of the images.
+        window: see there.
+        units: see there.
+        darkest: see there.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        window: Sequence[float],
+        units: str = "auto",
+        darkest: float = 0.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.scaler = ScaleIntensityByWindow(window, units, darkest)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.scaler(d[key])
+        return d
+
+
 class RestoreIntensityd(MapTransform):
     """Bring a scaled image, such as the pseudo-healthy one, back to the scan's own unit.
 
-    Channel ``i`` is multiplied by ``data[ref_key].meta["intensity_scale"][i]`` of :class:`ScaleIntensityByForeground`.
+    Channel ``i`` is multiplied by ``meta["intensity_scale"][i]`` of ``data[ref_key]``, and ``meta["intensity_offset"][i]``,
+    if there is one, is added; see :class:`ScaleIntensityByForeground` and :class:`ScaleIntensityByWindow`.
 
     Args:
         keys: keys of the images (C, H, W[, D]) to restore.
@@ -286,13 +438,94 @@ class RestoreIntensityd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         scales = d[self.ref_key].meta["intensity_scale"]
+        offsets = d[self.ref_key].meta.get("intensity_offset", [0.0] * len(scales))
         for key in self.key_iterator(d):
             image = d[key]
             if len(image) > len(scales):
                 raise ValueError(f"{key} has {len(image)} channels, but {self.ref_key} only {len(scales)} scales.")
-            factors = torch.tensor(scales[: len(image)], dtype=image.dtype, device=image.device)
-            d[key] = image * factors.reshape(-1, *[1] * (image.ndim - 1))
+            scale, offset = (
+                torch.tensor(numbers[: len(image)], dtype=image.dtype, device=image.device).reshape(
+                    -1, *[1] * (image.ndim - 1)
+                )
+                for numbers in (scales, offsets)
+            )
+            d[key] = image * scale + offset
         return d
+
+
+class Spacingd(monai_transforms.Spacingd):
+    """MONAI's Spacingd, which sees the images alone.
+
+    MONAI's copies what it knows of ``image`` into every item whose key begins with ``image_``, and fails where that is no
+    dictionary, as MONAI Label's ``image_path``.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        return {**data, **super().__call__({key: data[key] for key in self.keys if key in data}, lazy)}
+
+
+class FitSlicesd(MapTransform, InvertibleTransform):
+    """Bring the slices of a volume (C, H, W, D) to the network's size; the number of slices stays.
+
+    A CT in Hounsfield units (``meta["units"]`` of :class:`ScaleIntensityByWindow`) is resampled in the plane to
+    ``pixdim`` and then cut or padded. Everything else, pictures and stacks of them, has no
+    millimetres to trust: each slice is stretched to the size, and left bit for bit if it has it already. Both smooth
+    before they sample more coarsely, or else the noise of a fine grid would stay in full.
+
+    The inverse is on the grid of the input. It reads the way that was taken from the image's trace, which ``Invertd``
+    hands to the prediction.
+
+    Args:
+        keys: keys of the volumes, scaled to [0, 1], with slices along the last axis.
+        spatial_size: height and width of a slice in pixels.
+        pixdim: edge of a pixel in millimetres, for CT.
+        darkest: grey level that a CT is padded with.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spatial_size: Sequence[int],
+        pixdim: float,
+        darkest: float = 0.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.spatial_size = tuple(spatial_size)
+        self.pixdim = pixdim
+        size = [*spatial_size, -1]
+        self.ways = {
+            "millimetres": Compose([Spacing(pixdim=[pixdim, pixdim, -1]), ResizeWithPadOrCrop(size, value=darkest)]),
+            "stretched": Compose([Resize(size, mode="trilinear", anti_aliasing=True)]),
+        }
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = convert_to_tensor(d[key], track_meta=True).clone()  # its trace will be written to
+            size = image.shape[1:]
+            if image.meta.get("units") == "hounsfield":
+                way, image = "millimetres", self._smooth(image)
+            else:
+                way = "as it is" if tuple(size[:2]) == self.spatial_size else "stretched"
+            d[key] = self.ways[way](image) if way in self.ways else image
+            self.push_transform(d[key], orig_size=size, extra_info={"way": way})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            way = self.pop_transform(d[key])["extra_info"]["way"]
+            if way in self.ways:
+                d[key] = self.ways[way].inverse(d[key])
+        return d
+
+    def _smooth(self, image: MetaTensor) -> MetaTensor:
+        """The image without what the coarser grid can't show; the width is that of MONAI's and scikit-image's resize."""
+        factors = self.pixdim / affine_to_spacing(image.affine, 3)[:2]
+        sigma = [max((float(factor) - 1) / 2, 0.0) for factor in factors]
+        return GaussianSmooth([*sigma, 0.0])(image) if any(sigma) else image
 
 
 class ExtractSlicesd(MapTransform, MultiSampleTrait):
@@ -304,7 +537,8 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
 
     The classes come from the mask ``data[label_key]`` (1, H, W, D) if there is one, else from
     ``data[slice_labels_key]``, 0 or 1 for each slice. With a mask, slices with 1 to ``min_lesion_area - 1`` positive
-    pixels are ambiguous and left out. A 2-D image (C, H, W) has its class in ``data[class_key]`` and gives one slice.
+    pixels are ambiguous and left out. A 2-D image (C, H, W) has its class in ``data[class_key]`` and gives one slice,
+    whatever it shows. With ``labelled=False``, for training on healthy scans only, every slice has class 0.
 
     Args:
         keys: keys of the images; the first one decides what is foreground.
@@ -313,8 +547,9 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         slice_labels_key: key of the classes of all slices.
         spatial_dim: the spatial axis to cut along.
         foreground_level: grey level above which a pixel is foreground, see :func:`has_foreground`.
-        min_foreground: least share of foreground pixels in a slice, in [0, 1].
+        min_foreground: least share of foreground pixels in a slice, in [0, 1]; 0 keeps every slice.
         min_lesion_area: least number of positive pixels in a diseased slice.
+        labelled: look for labels; if not, every slice is healthy, and a mask is ignored.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
@@ -331,6 +566,7 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         foreground_level: float = 0.1,
         min_foreground: float = 0.05,
         min_lesion_area: int = 20,
+        labelled: bool = True,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -341,6 +577,7 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         self.foreground_level = foreground_level
         self.min_foreground = min_foreground
         self.min_lesion_area = min_lesion_area
+        self.labelled = labelled
 
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         images = {
@@ -352,9 +589,10 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         case = getattr(data[first_key], "meta", {}).get("filename_or_obj", rest or first_key)
 
         if images[first_key].ndim == 3:
-            if self.class_key not in data:
+            if self.labelled and self.class_key not in data:
                 raise ValueError(f"{case}: a 2-D image without a class; add its class (0 or 1) as {self.class_key}.")
-            return [{**rest, **images, self.class_key: int(data[self.class_key]), "slice": 0, "position": 0.0}]
+            label = int(data[self.class_key]) if self.labelled else 0
+            return [{**rest, **images, self.class_key: label, "slice": 0, "position": 0.0}]
 
         stacks = {key: image.movedim(self.spatial_dim + 1, 0) for key, image in images.items()}
         shown = has_foreground(stacks[first_key], self.foreground_level, self.min_foreground)
@@ -374,6 +612,8 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
 
     def _classes(self, data: Mapping[Hashable, Any], case: Any, num_slices: int) -> list[int | None]:
         """0 or 1 for each slice, or None where that is ambiguous."""
+        if not self.labelled:
+            return [0] * num_slices
         if self.label_key in data:
             mask = convert_to_tensor(data[self.label_key], track_meta=False)
             areas = (mask > 0).movedim(self.spatial_dim + 1, 0).flatten(1).sum(dim=1).tolist()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +15,24 @@ import torch
 torch.set_num_threads(1)  # the tests' networks are too small to share out
 ROOT = Path(__file__).resolve().parent.parent
 LGG = ROOT.parent / "shared" / "data" / "lgg"
+MEDNIST = ROOT.parent / "shared" / "data" / "mednist"
+
+
+def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
+    """``monai.bundle run`` in the bundle's folder."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, **kwargs)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows of a table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def make_head(num_slices: int = 3, num_sequences: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -40,6 +61,17 @@ def save_patient(folder: Path, name: str, seed: int = 0, num_slices: int = 3) ->
         save_nifti(folder / name / f"{name}_{sequence}.nii.gz", scan[..., channel])
     save_nifti(folder / name / f"{name}_seg.nii.gz", mask)
     return folder / name
+
+
+def make_ct_slice(seed: int = 0) -> np.ndarray:
+    """A made axial slice of a head CT (64, 64), x to the patient's left and y to the back: air 25, brain, skull 255."""
+    rng = np.random.default_rng(seed)
+    x, y = np.mgrid[-1:1:64j, -1:1:64j]
+    radius = np.hypot(x / 0.55, (y - 0.1) / 0.68)
+    head = np.full((64, 64), 25.0)
+    head[radius < 1] = 255
+    head[radius < 0.85] = 110
+    return (head + rng.normal(0, 4, head.shape) * (radius < 0.85)).clip(0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import LGG, make_head, save_nifti, save_patient
+from conftest import LGG, files_below, make_head, rows_of, run, save_nifti, save_patient
 from PIL import Image
 
 from scripts.datasets import section_of
@@ -21,24 +19,9 @@ from scripts.metrics import dice
 FEW_STEPS = ("--num_steps", "2", "--guidance_steps", "1")
 
 
-def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """``monai.bundle run`` in the bundle's folder."""
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
-    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, **kwargs)
-
-
 def infer(bundle: Path, dataset_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:
     paths = ("--dataset_dir", dataset_dir, "--output_dir", output_dir)
     return run(bundle, "configs/inference.json", *paths, *FEW_STEPS, *args)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import itk
 import numpy as np
 import pytest
 import torch
@@ -16,11 +17,13 @@ from monai.transforms import Compose, RandFlipd, RandScaleIntensityd
 from scripts.datasets import (
     BalancedBatchSampler,
     CohortDataset,
+    ShuffledBatchSampler,
     SliceDataset,
     add_slice_labels,
     find_cases,
     folder_pair,
     root_cause,
+    section_by_order,
     section_of,
     take_section,
     training_cases,
@@ -119,6 +122,116 @@ def test_a_section_gives_its_cases_alone(tmp_path):
     parts = [find_cases(tmp_path, SEQUENCES, section=section) for section in SECTIONS]
     assert all(section_of(c["case"]) == section for part, section in zip(parts, SECTIONS, strict=True) for c in part)
     assert sorted(c["case"] for part in parts for c in part) == [c["case"] for c in find_cases(tmp_path, SEQUENCES)]
+
+
+# --- find_cases with pictures
+
+
+def names_of(cases):
+    return [case["case"] for case in cases]
+
+
+def save_dicom(path, series):
+    writer_io = itk.GDCMImageIO.New()
+    writer_io.KeepOriginalUIDOn()
+    image = itk.image_from_array(np.arange(20, dtype=np.int16).reshape(1, 5, 4))
+    tags = image.GetMetaDataDictionary()
+    tags["0008|0060"], tags["0020|000d"], tags["0020|000e"] = "CT", "1.2.3", f"1.2.4.{series}"
+    tags["0008|0018"] = f"1.2.5.{path.stem}"
+    writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(path), ImageIO=writer_io)
+    writer.UseInputMetaDataDictionaryOn()
+    writer.Update()
+
+
+def test_pictures_are_cases_and_their_masks_are_none(tmp_path):
+    touch(tmp_path, "b.JPEG", "a.png", "a_seg.bmp", "c.tif", ".d.png", "notes.txt", "e.nii.gz", "e_seg.nii.gz", "f/f_t1.nii")
+    assert find_cases(tmp_path, SEQUENCES, pictures=True) == [
+        {"case": "a", "image": str(tmp_path / "a.png"), "label": str(tmp_path / "a_seg.bmp")},
+        {"case": "b", "image": str(tmp_path / "b.JPEG")},
+        {"case": "c", "image": str(tmp_path / "c.tif")},
+        {"case": "e", "image": str(tmp_path / "e.nii.gz"), "label": str(tmp_path / "e_seg.nii.gz")},
+        {"case": "f", "image": [str(tmp_path / "f/f_t1.nii"), None]},
+    ]
+    assert names_of(find_cases(tmp_path, SEQUENCES)) == ["e", "f"]
+
+
+def test_the_only_folder_with_pictures_stands_for_a_folder_without_cases(tmp_path, caplog):
+    touch(tmp_path, "HeadCT/000000.jpeg", "HeadCT/000001.jpeg", "docs/readme.txt")
+    expected = find_cases(tmp_path / "HeadCT", SEQUENCES, pictures=True)
+    assert find_cases(tmp_path, SEQUENCES, pictures=True) == expected
+    assert names_of(expected) == ["000000", "000001"] and "HeadCT" not in caplog.text
+
+
+@pytest.mark.parametrize("names", [("a/1.png", "b/1.png"), ("a/notes.txt",)], ids=["two folders", "no picture"])
+def test_a_folder_without_pictures_of_its_own_is_told_what_is_expected(tmp_path, names):
+    with pytest.raises(FileNotFoundError, match="no scan found; expected.*or pictures.*only sub-folder") as error:
+        find_cases(touch(tmp_path, *names), SEQUENCES, pictures=True)
+    assert str(error.value).startswith(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="a DICOM series$"):
+        find_cases(tmp_path, SEQUENCES)
+
+
+def test_pictures_in_a_sub_folder_do_not_join_a_folders_own_cases(tmp_path):
+    touch(tmp_path, "a.nii.gz", "HeadCT/000000.jpeg")
+    assert names_of(find_cases(tmp_path, SEQUENCES, pictures=True)) == ["a"]
+
+
+def test_dicom_files_are_one_scan_if_they_are_one_series_and_pictures_if_they_are_several(tmp_path):
+    for i in range(3):
+        for kind, series in (("scan", 0), ("single", i)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            save_dicom(tmp_path / kind / f"{i}.dcm", series)
+    assert names_of(find_cases(tmp_path / "scan", SEQUENCES, pictures=True)) == ["scan"]
+    assert names_of(find_cases(tmp_path / "single", SEQUENCES, pictures=True)) == ["0", "1", "2"]
+    assert names_of(find_cases(tmp_path / "single", SEQUENCES)) == ["single"]
+    assert names_of(find_cases(tmp_path, SEQUENCES, pictures=True)) == ["scan", "single"]
+
+
+def test_a_single_picture_is_a_case(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    assert names_of(find_cases(tmp_path / "a.png", SEQUENCES, pictures=True)) == ["a"]
+
+
+def test_pictures_go_to_sections_by_order_and_volumes_by_hash(tmp_path):
+    touch(tmp_path, *(f"{i:02}.png" for i in range(36)), *(f"case{i}.nii.gz" for i in range(40)))
+    for section, numbers in zip(SECTIONS, (range(32), range(32, 34), range(34, 36)), strict=True):
+        cases = find_cases(tmp_path, SEQUENCES, section=section, pictures=True)
+        volumes = find_cases(tmp_path, SEQUENCES, section=section)
+        assert names_of(cases) == [f"{i:02}" for i in numbers] + sorted(names_of(volumes))
+
+
+def test_an_empty_section_of_pictures_is_told_with_the_folder(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    with pytest.raises(FileNotFoundError, match="none of the 2 cases falls into the test section"):
+        find_cases(tmp_path, SEQUENCES, section="test", pictures=True)
+
+
+def test_without_pictures_an_empty_section_is_an_empty_list(tmp_path):
+    touch(tmp_path, "a.nii.gz")
+    assert sorted(len(find_cases(tmp_path, SEQUENCES, section=section)) for section in SECTIONS) == [0, 0, 1]
+
+
+# --- section_by_order
+
+
+def test_of_9000_pictures_the_last_1000_are_for_validation_and_test():
+    cases = [{"case": f"{i:06}"} for i in range(9000)]
+    bounds = [(part[0]["case"], part[-1]["case"]) for part in (section_by_order(cases, s) for s in (*SECTIONS, "all"))]
+    assert bounds == [("000000", "007999"), ("008000", "008499"), ("008500", "008999"), ("000000", "008999")]
+
+
+@pytest.mark.parametrize("fractions", [(1 / 18, 1 / 18), (0.5, 0.5), (0.0, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 50])
+def test_sections_by_order_lie_end_to_end(count, fractions):
+    cases = [{"case": f"{i:02}"} for i in range(count)]
+    parts = [section_by_order(cases[::-1], section, fractions) for section in SECTIONS]
+    assert sum(parts, []) == cases
+    assert all(abs(len(part) - count * f) <= 1 for part, f in zip(parts[:0:-1], fractions, strict=True))
+
+
+def test_an_unknown_section_is_refused():
+    with pytest.raises(ValueError, match="training, validation, test, all, got tests"):
+        section_by_order([], "tests")
 
 
 # --- section_of, take_section
@@ -320,6 +433,17 @@ def test_training_without_slices_of_a_class_is_refused(labels, found):
         SliceDataset([{"case": "a", "image": "x", "label": labels}], cut)
 
 
+def test_healthy_slices_alone_are_enough_where_they_are_all_that_is_wanted():
+    dataset = SliceDataset([{"case": "a", "image": "x", "label": [0, 0]}], cut, classes=(0,))
+    assert len(dataset) == 2 and dataset.class_labels.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("labels", "found"), [([0, 1], r"\[0, 1\]"), ([], r"\[\]")])
+def test_training_on_healthy_slices_alone_refuses_others_and_none(labels, found):
+    with pytest.raises(ValueError, match=rf"needs healthy \(0\) slices alone, found the classes {found} in 1 cases"):
+        SliceDataset([{"case": "a", "image": "x", "label": labels}], cut, classes=(0,))
+
+
 def test_cases_of_monai_label_have_no_name_and_are_accepted():
     dataset = SliceDataset([{"image": "/data/scan7.nii.gz", "label": [0, 1]}], cut)
     assert [item["case"] for item in dataset.slices] == ["scan7.nii.gz"] * 2
@@ -383,7 +507,8 @@ def test_every_slice_of_a_sequence_gets_its_own_seed():
 
 def test_processes_share_one_sequence_of_batches_out():
     ranks = [batches(5, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == batches(10)
+    both = [[item for pair in zip(*group, strict=True) for item in pair] for group in zip(*ranks, strict=True)]
+    assert both == batches(5, batch_size=2 * len(ranks[0][0]))
 
 
 def healthy_positions(matched, dataset=None, count=200):
@@ -416,3 +541,57 @@ def test_a_loader_gives_the_batches_of_the_sampler():
     batch = next(iter(DataLoader(dataset, batch_sampler=sampler, num_workers=0)))
     expected = [dataset[key]["image"] for key in next(iter(sampler))]
     assert torch.equal(batch["image"], torch.stack(expected)) and batch["class_label"].tolist() == [1, 1, 0, 0]
+
+
+# --- ShuffledBatchSampler
+
+
+def shuffled(count, length=24, batch_size=8, start=0, **kwargs):
+    sampler = ShuffledBatchSampler(range(length), batch_size, **kwargs)
+    sampler.start = start
+    return list(itertools.islice(sampler, count))
+
+
+def indices(batches):
+    return [index for batch in batches for index, _ in batch]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(24, 8), (24, 24), (1, 1), (1000, 40), (10, 3), (3, 8), (1, 4)])
+def test_each_pass_shows_every_slice_exactly_once(length, batch_size):
+    passes = 4
+    batches = shuffled(-(-passes * length // batch_size), length, batch_size)
+    assert all(len(batch) == batch_size for batch in batches)
+    for i in range(passes):
+        assert sorted(indices(batches)[i * length : (i + 1) * length]) == list(range(length))
+
+
+def test_each_pass_has_its_own_order():
+    chosen = indices(shuffled(12))
+    assert len({tuple(chosen[i : i + 24]) for i in range(0, 96, 24)}) == 4 and chosen[:24] != sorted(chosen[:24])
+
+
+@pytest.mark.parametrize("length", [24, 10, 3])
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_shuffled_batches_resume_where_they_were_cut_off(length, start):
+    np.random.seed(start)
+    assert shuffled(10 - start, length, start=start) == shuffled(10, length)[start:]
+
+
+def test_shuffled_batches_depend_on_the_seed():
+    assert shuffled(3, seed=1) != shuffled(3) == shuffled(3)
+    seeds = [seed for batch in shuffled(10) for _, seed in batch]
+    assert len(set(seeds)) == 80 and all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_processes_share_the_shuffled_batches_out(start):
+    ranks = [shuffled(5, rank=rank, world_size=3, start=start) for rank in range(3)]
+    whole = [[item for group in zip(*parts, strict=True) for item in group] for parts in zip(*ranks, strict=True)]
+    assert whole == shuffled(5, batch_size=3 * len(ranks[0][0]), start=start)
+
+
+def test_a_loader_gives_the_shuffled_batches():
+    dataset = SliceDataset([{"case": "a", "image": "x", "label": [0] * 6}], cut, augmentation(), classes=(0,))
+    sampler = ShuffledBatchSampler(dataset, batch_size=4)
+    batch = next(iter(DataLoader(dataset, batch_sampler=sampler, num_workers=0)))
+    assert torch.equal(batch["image"], torch.stack([dataset[key]["image"] for key in next(iter(sampler))]))

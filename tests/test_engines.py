@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -195,6 +196,47 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_spoils_the_weights
     assert len(run.history) == 3 and all(p.isfinite().all() for p in run.network.parameters())
 
 
+def test_a_gradient_that_is_no_number_ends_the_training_although_the_loss_is_one(tmp_path):
+    class Breaking(TinyNet):
+        def losses(self, image, class_label, generator):
+            losses = super().losses(image, class_label, generator)
+            return {**losses, "root": (0 * self.classifier.bias).sqrt().sum()}  # 0, with a gradient of 0 / 0
+
+    run = training(tmp_path, network=Breaking())
+    with pytest.raises(FloatingPointError, match="or its gradient is no longer finite at iteration 1"):
+        run.trainer.run()
+    assert all(p.isfinite().all() for p in run.network.parameters())
+
+
+def test_another_objective_of_the_network_is_trained_and_validated_alone(tmp_path):
+    class Staged(TinyNet):
+        def first_stage(self, image, class_label, generator):
+            return {"noise": self.losses(image, class_label, generator)["noise"]}
+
+    network = Staged()
+    before = state_bytes(network.classifier.state_dict())
+    run = training(tmp_path, epochs=1, network=network, objective=network.first_stage)
+    run.trainer.run()
+    assert [list(output) for _, output in run.history] == [["loss", "noise"]] * 5
+    assert state_bytes(network.classifier.state_dict()) == before
+
+    loader = DataLoader(slices(), batch_size=24)
+    validator = DiffusionValidator(device=CPU, val_data_loader=loader, network=network, objective=network.first_stage)
+    validator.run()
+    assert validator.state.output["noise"] > 0 and "classifier" not in validator.state.output
+
+
+def test_a_network_without_a_classifier_is_validated_by_its_losses():
+    class Plain(nn.Module):
+        def losses(self, image, class_label, generator):
+            return {"mean": image.mean()}
+
+    loader = DataLoader(slices(), batch_size=24)
+    validator = DiffusionValidator(device=CPU, val_data_loader=loader, network=Plain())
+    validator.run()
+    assert list(validator.state.output) == ["mean"]
+
+
 # --- exact resume
 
 
@@ -369,6 +411,29 @@ def test_the_report_of_failures_ends_the_program_with_status_1_and_names_all():
     assert isinstance(error.value.code, str)  # Python prints it and ends with status 1
     lines = [f"{case}: {failure}" for case, failure in FAILURES.items()]
     assert error.value.code.splitlines() == ["4 case(s) failed:", *lines]
+
+
+def test_failures_are_kept_in_a_table_until_a_run_has_none(tmp_path):
+    evaluator, _ = cohort(["a", *FAILURES])
+    evaluator.run()
+    evaluator.failures["with, comma"] = 'a "quoted" reason'
+    with pytest.raises(SystemExit, match="5 case"):
+        evaluator.report_failures(tmp_path)
+    with open(tmp_path / "failures.csv", newline="", encoding="utf-8") as file:
+        kept = list(csv.DictReader(file))
+    assert kept == [{"case": case, "reason": reason} for case, reason in evaluator.failures.items()]
+    assert [path.name for path in tmp_path.iterdir()] == ["failures.csv"]
+    cohort("ab")[0].report_failures(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failures_are_listed_although_their_table_can_not_be_written(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    evaluator, _ = cohort(["network"])
+    evaluator.run()
+    with pytest.raises(SystemExit, match="out of memory"):
+        evaluator.report_failures(tmp_path / "file")
+    assert "failures.csv: can't be written" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:`dataloader` is empty")

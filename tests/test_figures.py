@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from scripts.figures import guidance_table_figure, loss_figure, overview
+from scripts.figures import contrast_figure, guidance_table_figure, overview
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -102,6 +102,15 @@ def test_slices_spread_over_the_object_are_shown_where_the_mask_is_empty():
     assert 1200 <= pixels.shape[0] <= 1600
 
 
+def test_given_slices_are_shown_in_their_order_whatever_the_mask():
+    image, healthy, anomaly, mask, label = make_head()
+    changed = anomaly.copy()
+    changed[..., 9] = 0.5
+    expected = draw(overview, image, healthy, anomaly, mask, label, vmax=1.0, slices=[9, 2])
+    differs = (draw(overview, image, healthy, changed, mask, label, vmax=1.0, slices=[9, 2]) != expected).any(axis=(1, 2))
+    assert differs[: len(differs) // 2].any() and not differs[len(differs) // 2 :].any()
+
+
 @pytest.mark.parametrize("slice_dim", [0, 1, 2])
 def test_voxels_that_are_not_cubes_are_shown_in_their_true_proportions(slice_dim):
     volumes = make_head((16, 16, 16))
@@ -139,8 +148,12 @@ def test_a_gradient_scale_of_zero_is_refused():
         guidance_table_figure(io.BytesIO(), [{"noise_level": 1, "gradient_scale": 0, "dice": 0, "auroc": 0}])
 
 
-def test_each_curve_of_a_training_has_its_panel(tmp_path):
-    history = {"noise": ([1, 2, 3], [1.0, 0.1, 0.01]), "similarity": ([1, 2], [0.5, -0.5])}
-    loss_figure(tmp_path / "loss.png", history)
-    assert imread(tmp_path / "loss.png").shape[:2] == (450, 1200)
-    assert draw(loss_figure, {"noise": history["noise"]}).shape[:2] == (450, 600)
+def test_the_contrast_figure_has_a_line_for_each_method_in_any_order_of_the_contrasts():
+    rows = [
+        {"method": method, "contrast": contrast, "best_dice": contrast + gain}
+        for method, gain in (("one", 0.1), ("another", 0.4))
+        for contrast in (0.3, 0.1, 0.5)
+    ]
+    pixels = draw(contrast_figure, rows)
+    assert has_color(pixels, (31, 119, 180)) and has_color(pixels, (255, 127, 14))
+    np.testing.assert_array_equal(draw(contrast_figure, [rows[i] for i in (1, 2, 0, 4, 3, 5)]), pixels)

@@ -22,10 +22,11 @@ import scripts.handlers
 from scripts.datasets import unfinished
 from scripts.engines import CohortEvaluator, ema_of
 from scripts.files import sha256_of
-from scripts.handlers import CaseSaver, ModelSaver, ProgressBar, TrainingCheckpoint
+from scripts.handlers import Calibration, CaseSaver, ModelSaver, ProgressBar, TrainingCheckpoint
 
 AFFINE = np.array([[0.0, -2, 0, 90], [1.5, 0, 0, -20], [0, 0, -3, 7], [0, 0, 0, 1]])  # neither RAS nor isotropic
 META = {"name": "a bundle", "version": "1.2.3", "task": "to find"}
+LABELS = {"outputs": {"pred": {"channel_def": {"0": "background", "2": "edema", "1": "lesion"}}}}
 
 
 def volume(channels, seed=0, dtype=np.float32):
@@ -94,13 +95,17 @@ def test_the_picture_is_a_png_and_can_be_left_out(tmp_path):
     assert not (tmp_path / "case1" / "case1_overview.png").exists()
 
 
-def test_the_picture_shows_the_label_and_the_channel_that_was_asked_for(tmp_path, monkeypatch):
+def test_the_picture_shows_all_upright_with_the_label_and_the_channel_that_was_asked_for(tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(scripts.handlers, "overview", lambda path, **kwargs: shown.update(kwargs))
     case = {**finding(), "label": volume(1, dtype=np.uint8)}
     saver(tmp_path, channel=1).save(case)
-    expected = {"anomaly_map": case["map"], "mask": case["pred"], "title": "case1", "channel": 1}
-    assert shown == {**{k: case[k] for k in ("image", "healthy", "label")}, **expected}
+    assert (shown.pop("title"), shown.pop("channel")) == ("case1", 1)
+    names = {"image": "image", "healthy": "healthy", "label": "label", "anomaly_map": "map", "mask": "pred"}
+    assert set(shown) == set(names)
+    for name, key in names.items():
+        stored = nib.Nifti1Image(np.moveaxis(case[key].numpy(), 0, -1), AFFINE)
+        assert np.array_equal(np.moveaxis(shown[name].numpy(), 0, -1), np.asarray(nib.as_closest_canonical(stored).dataobj))
 
 
 def test_the_row_holds_the_volume_in_ml_and_what_made_it(tmp_path):
@@ -154,6 +159,44 @@ def test_a_full_disk_keeps_the_earlier_results_of_the_case(tmp_path, monkeypatch
     with pytest.raises(OSError):
         handler.save(finding(seed=50))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
+
+
+def from_dicom(tmp_path):
+    """A saver, and a case that was read from the folder of a DICOM series."""
+    handler = CaseSaver(tmp_path / "out", {**META, "network_data_format": LABELS}, "none.pt", picture=False)
+    handler.start()
+    (tmp_path / "series").mkdir()
+    case = finding()
+    case["image"].meta["filename_or_obj"] = str(tmp_path / "series")
+    return handler, case
+
+
+def test_a_case_from_a_dicom_series_gets_a_dicom_segmentation_with_the_labels_of_the_bundle(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(scripts.handlers, "write_segmentation", lambda path, *args: made.append(args) or path.touch())
+    handler, case = from_dicom(tmp_path)
+    handler.save(case)
+    endings = ("healthy.nii.gz", "map.nii.gz", "seg.dcm", "seg.nii.gz")
+    assert sorted(os.listdir(tmp_path / "out" / "case1")) == [f"case1_{ending}" for ending in endings]
+    assert made == [(str(tmp_path / "series"), case["pred"], ["lesion", "edema"], "a bundle", "1.2.3", "none")]
+
+
+def test_a_series_that_can_have_no_dicom_segmentation_keeps_its_nifti_files_and_one_line_says_why(tmp_path, caplog):
+    handler, case = from_dicom(tmp_path)
+    handler.save(case)
+    endings = ("healthy.nii.gz", "map.nii.gz", "seg.nii.gz")
+    assert sorted(os.listdir(tmp_path / "out" / "case1")) == [f"case1_{ending}" for ending in endings]
+    assert [row["case"] for row in rows(tmp_path / "out")] == ["case1"]
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("no case1_seg.dcm, the NIfTI files hold the results: ") and "no DICOM images" in line
+
+
+def test_a_disk_that_fills_up_at_the_dicom_segmentation_leaves_no_half_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts.handlers, "write_segmentation", no_space)
+    handler, case = from_dicom(tmp_path)
+    with pytest.raises(OSError, match="free some space"):
+        handler.save(case)
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_an_output_folder_that_cannot_be_made_ends_the_program_with_one_line(tmp_path):
@@ -324,6 +367,44 @@ def test_the_averaged_weights_are_written_in_half_precision_with_the_networks_na
     assert torch.equal(state["0.weight"], ema.module[0].weight.half()) and state["0.weight"].any()
     nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).load_state_dict(state, strict=True)
     assert ema.module[0].weight.dtype == torch.float32
+
+
+# --- Calibration
+
+
+class Calibrated(nn.Module):
+    """A network with a weight and a threshold, which it measures as the weight times the mean of the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        self.threshold.copy_(self.weight * torch.stack([batch["image"].mean() for batch in batches]).mean())
+
+
+def test_the_average_is_calibrated_every_few_epochs_and_at_the_end_and_shares_its_thresholds():
+    network = Calibrated()
+    ema = ema_of(network)
+    loader = [{"image": torch.full((2,), 3.0)}, {"image": torch.full((2,), 5.0)}]
+    seen = []
+
+    def step(engine, batch):
+        network.weight.data.fill_(engine.state.epoch)
+        ema.update_parameters(network)  # copies the buffers, too
+
+    trainer = Engine(step)
+    Calibration(ema, network, loader, interval=2).attach(trainer)
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: seen.append((ema.module.threshold.item(), network.threshold.item()))
+    )
+    trainer.run([0], max_epochs=5)
+    thresholds = [own for own, _ in seen]
+    assert [own == shared for own, shared in seen] == [True] * 5
+    assert thresholds[0] == 0 and thresholds[1] == thresholds[2] != thresholds[3] != thresholds[4]
+    assert thresholds[4] == pytest.approx(4 * ema.module.weight.item())
 
 
 # --- ProgressBar

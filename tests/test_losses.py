@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from monai.losses import JukeboxLoss
 from torch.distributions import Normal, kl_divergence
 
-from scripts.losses import variational_bound
+from scripts.losses import SpectralLoss, gaussian_kl, variational_bound
 from scripts.samplers import alphas_cumprod_table, noise_image
 
 A = alphas_cumprod_table()
@@ -82,3 +83,56 @@ def test_the_gradient_raises_a_variance_that_is_too_small_for_the_error():
     fraction.grad = None
     variational_bound(noise, fraction, noise, torch.full((4,), 3), A).backward()
     assert (fraction.grad > 0).all()
+
+
+# --- the divergence of two normal distributions
+
+
+def normals(dtype=torch.float64):
+    """Mean and log variance of five normal distributions, and of five others."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 5, generator=generator, dtype=dtype)
+
+
+def test_the_divergence_is_that_of_torch():
+    mean, log_variance, other_mean, other_log_variance = normals()
+    p, q = Normal(mean, (log_variance / 2).exp()), Normal(other_mean, (other_log_variance / 2).exp())
+    torch.testing.assert_close(gaussian_kl(*normals()), kl_divergence(p, q))
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_the_densities_of_samples():
+    mean, log_variance, other_mean, other_log_variance = normals()
+    p, q = Normal(mean, (log_variance / 2).exp()), Normal(other_mean, (other_log_variance / 2).exp())
+    draws = torch.randn(200_000, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = p.mean + p.stddev * draws
+    ratio = p.log_prob(x) - q.log_prob(x)
+    error = ratio.std(dim=0) / len(x) ** 0.5
+    assert ((gaussian_kl(*normals()) - ratio.mean(dim=0)).abs() < 4 * error).all() and error.max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_divergence_of_a_distribution_from_itself_is_zero_and_from_others_positive(dtype):
+    mean, log_variance, other_mean, other_log_variance = normals(dtype)
+    assert torch.equal(gaussian_kl(mean, log_variance, mean, log_variance), torch.zeros_like(mean))
+    assert (gaussian_kl(mean, log_variance, other_mean, other_log_variance) > 0).all()
+
+
+def test_the_divergence_broadcasts():
+    mean, log_variance, other_mean, other_log_variance = normals()
+    single = gaussian_kl(mean, log_variance[:1], other_mean[:, None], other_log_variance[0])
+    assert single.shape == (5, 5)
+    torch.testing.assert_close(single[3, 2], gaussian_kl(mean[2], log_variance[0], other_mean[3], other_log_variance[0]))
+
+
+# --- the spectral loss
+
+
+def test_the_spectral_loss_is_monais():
+    images = torch.rand(2, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(SpectralLoss(2)(*images), JukeboxLoss(2)(*images), rtol=1e-4, atol=1e-7)
+
+
+def test_the_spectral_loss_has_a_gradient_where_an_amplitude_is_zero():
+    image = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    SpectralLoss(2)(image, torch.rand(1, 1, 8, 8)).backward()
+    assert image.grad.isfinite().all()

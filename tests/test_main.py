@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 from conftest import ROOT, save_patient
 
@@ -94,6 +95,29 @@ def test_verify_tells_results_that_are_not_turned_back(copy):
     assert any("ASL" in fault for fault in release._orientation_faults(copy, {}))
 
 
+@pytest.mark.parametrize(("shape", "affine"), [((8, 9, 6), [-4.5, -4.5, 5, 1]), ((8, 9, 6, 3), [2, 2, 5, 1])])
+@pytest.mark.parametrize("turned_back", [True, False])
+def test_orientation_is_checked_on_demo_scans_of_one_sequence_and_of_several(
+    tmp_path, monkeypatch, shape, affine, turned_back
+):
+    def copy_scans(bundle, dataset_dir, output_dir):
+        for name in ("plain", "turned"):
+            scan = nib.load(dataset_dir / f"{name}.nii.gz")
+            if not turned_back:  # right axes around data whose first axis was forgotten
+                scan = nib.Nifti1Image(np.asarray(scan.dataobj)[:: 1 if name == "plain" else -1], scan.affine)
+            for ending in ("seg", "map", "healthy"):
+                (output_dir / name).mkdir(parents=True, exist_ok=True)
+                nib.save(scan, output_dir / name / f"{name}_{ending}.nii.gz")
+
+    monkeypatch.setattr(release, "run_inference", copy_scans)
+    data = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    (tmp_path / "docs").mkdir()
+    nib.save(nib.Nifti1Image(data, np.diag(affine)), tmp_path / "docs" / "demo.nii.gz")
+    faults = list(release._orientation_faults(tmp_path, {}))
+    assert len(faults) == (0 if turned_back else 3)
+    assert all("ASL differs" in fault for fault in faults)
+
+
 def test_benchmark_and_tune_print_their_tables(tmp_path):
     save_patient(tmp_path / "scans", "p1", num_slices=4)
     options = ("--dataset_dir", tmp_path / "scans", "--num_slices", 2, "--section", "all")
@@ -103,3 +127,20 @@ def test_benchmark_and_tune_print_their_tables(tmp_path):
         [" 2 ", " 10 "],
         [" 2 ", " 20 "],
     ]
+
+
+def test_package_and_download_by_the_command_line(tmp_path):
+    done = command("package", NAME, "--output", tmp_path / "dist")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dist" / NAME / "scripts" / "networks" / "ddim_anomaly.py").is_file()
+    refused = command("download", NAME, "--url", "http://127.0.0.1:9/nothing.zip", "--output", tmp_path / "got")
+    assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_report_says_where_the_page_is_or_what_is_missing(tmp_path):
+    assert "results.csv" in command("report", tmp_path).stderr
+    (tmp_path / "results.csv").write_text(
+        "case,finding_ml,score,trust,seconds,bundle,version,weights\na,1.0,0.1,0.9,2.0,b,0.1.0,abc\n"
+    )
+    done = command("report", tmp_path)
+    assert done.stdout.strip() == str(tmp_path / "report.html") and "abc" in (tmp_path / "report.html").read_text()

@@ -220,11 +220,16 @@ def test_pooled_figures_are_those_of_all_voxels_together(tmp_path):
     lesion_slices = label[..., some].ravel(), anomaly[..., some].ravel()
     assert summary["auroc_lesion_slices"] == pytest.approx(roc_auc_score(*lesion_slices), abs=1e-3)
     assert summary["auprc_lesion_slices"] == pytest.approx(average_precision_score(*lesion_slices), abs=5e-3)
+    assert summary["best_dice_lesion_slices"] == pytest.approx(
+        max(raw_dice(lesion_slices[1] > threshold, lesion_slices[0]) for threshold in np.linspace(0, 2, 400)), abs=5e-3
+    )
     assert summary["best_dice"] == pytest.approx(raw_dice(anomaly > summary["best_threshold"], label), abs=1e-6)
     assert summary["best_dice"] == pytest.approx(
         max(raw_dice(anomaly > threshold, label) for threshold in np.linspace(0, 2, 400)), abs=5e-3
     )
-    assert summary["slice_auroc"] == pytest.approx(roc_auc_score(area[clear] >= 20, probability[clear]), abs=1e-3)
+    slices = area[clear] >= 20, probability[clear]
+    assert summary["slice_auroc"] == pytest.approx(roc_auc_score(*slices), abs=1e-3)
+    assert summary["slice_auprc"] == pytest.approx(average_precision_score(*slices), abs=1e-3)
     assert summary["healthy_ratio"] == pytest.approx(anomaly[..., healthy].mean() / anomaly[label].mean(), abs=1e-6)
 
 
@@ -238,6 +243,15 @@ def test_ambiguous_and_skipped_slices_do_not_change_the_slice_auroc(tmp_path):
     case["probability"][..., 2] = 0.01
     _, summary, _ = evaluate([case], tmp_path, min_lesion_area=1)
     assert summary["slice_auroc"] < 1
+
+
+def test_the_best_dice_of_lesion_slices_does_not_fall_with_what_is_marked_in_healthy_ones(tmp_path):
+    case = make_case("case", 0)
+    _, before, _ = evaluate([case], tmp_path)
+    case["map"][..., 6] = 1.5
+    _, after, _ = evaluate([case], tmp_path)
+    assert after["best_dice_lesion_slices"] == before["best_dice_lesion_slices"]
+    assert after["best_dice"] < before["best_dice"] - 0.1
 
 
 def test_probabilities_close_to_one_stay_apart(tmp_path):

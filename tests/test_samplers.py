@@ -28,6 +28,7 @@ from scripts.samplers import (
     multistep,
     noise_from_v,
     noise_image,
+    posterior,
 )
 
 A = alphas_cumprod_table()
@@ -287,6 +288,50 @@ def test_multistep_is_exact_where_the_velocity_changes_evenly():
     levels = [0, 13, 400, 401, 900]
     x = multistep(model, torch.zeros(1, dtype=torch.float64), levels, A)
     torch.testing.assert_close(x[0], angle[900] + angle[900] ** 2)
+
+
+# --- the posterior of a step
+
+
+@pytest.mark.parametrize(("t", "s"), [(2, 1), (10, 9), (500, 499), (500, 300), (1000, 1)])
+def test_the_posterior_is_bayes_rule_for_two_normal_distributions(t, s):
+    x0, x = image(1.0), image(2.0).flip(0)
+    # x_s given x_0 is N(sqrt(a_s)·x_0, 1 - a_s); x_t given x_s is N(sqrt(alpha)·x_s, 1 - alpha)
+    alpha = A[t] / A[s]
+    precision = 1 / (1 - A[s]) + alpha / (1 - alpha)
+    expected = (A[s].sqrt() * x0 / (1 - A[s]) + alpha.sqrt() * x / (1 - alpha)) / precision
+    mean, variance = posterior(x, x0, A[t], A[s])
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(variance, 1 / precision)
+
+
+@pytest.mark.parametrize(("t", "s"), [(500, 499), (500, 300)])
+def test_the_posterior_is_what_noising_in_two_steps_leaves(t, s):
+    x0, draws = 0.7, torch.randn(2, 400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_s = A[s].sqrt() * x0 + (1 - A[s]).sqrt() * draws[0]
+    x_t = (A[t] / A[s]).sqrt() * x_s + (1 - A[t] / A[s]).sqrt() * draws[1]
+    mean, variance = posterior(x_t, torch.tensor(x0, dtype=torch.float64), A[t], A[s])
+    rest = x_s - mean
+    assert rest.mean().item() == pytest.approx(0, abs=4 * (variance / len(rest)).sqrt().item())
+    assert rest.var().item() == pytest.approx(variance.item(), rel=0.01)
+    assert abs(torch.corrcoef(torch.stack([rest, x_t]))[0, 1]) < 0.01  # nothing is left to learn from x_t
+
+
+@pytest.mark.parametrize("t", [1, 2, 500, 1000])
+def test_the_posterior_of_the_clean_image_is_the_clean_image(t):
+    x0 = image(1.0)
+    mean, variance = posterior(image(2.0).flip(0), x0, A[t], A[0])
+    torch.testing.assert_close(mean, x0)
+    assert variance == 0
+
+
+def test_the_posterior_takes_numbers_and_levels_of_a_batch():
+    x0, x, t = torch.stack([image(1.0)] * 3), torch.stack([image(2.0)] * 3), torch.tensor([5, 300, 1000])
+    mean, variance = posterior(x, x0, A[t].view(-1, 1), A[t - 1].view(-1, 1))
+    for i, level in enumerate(t.tolist()):
+        one_mean, one_variance = posterior(x[i], x0[i], A[level].item(), A[level - 1].item())
+        torch.testing.assert_close(mean[i], one_mean)
+        assert variance[i].item() == pytest.approx(one_variance)
 
 
 # --- ddpm

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
-from monai.transforms import Compose
+from monai.transforms import Compose, Invertd, Orientationd
 from PIL import Image
 from skimage.filters import threshold_otsu
 
 from scripts.transforms import (
     ExtractSlicesd,
+    FitSlicesd,
     LoadSequencesd,
     MapToMask,
     MapToMaskd,
@@ -25,6 +26,9 @@ from scripts.transforms import (
     RestoreIntensityd,
     ScaleIntensityByForeground,
     ScaleIntensityByForegroundd,
+    ScaleIntensityByWindow,
+    ScaleIntensityByWindowd,
+    Spacingd,
     SplitPredictiond,
     cohort_otsu,
     has_foreground,
@@ -59,6 +63,13 @@ def test_a_volume_arrives_with_its_voxels_its_affine_and_its_path(tmp_path):
     assert image.meta["filename_or_obj"] == path
 
 
+def test_an_empty_mask_is_read_where_it_is_allowed(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.zeros((4, 5, 6), np.uint8))
+    assert load(path, allow_empty=True).sum() == 0
+    with pytest.raises(ValueError, match="empty, all voxels"):
+        load(path)
+
+
 def test_a_4d_file_and_a_list_of_files_give_the_same_image(tmp_path):
     voxels = noise(4, 5, 6, 2)
     whole = load(save(tmp_path / "ab.nii.gz", voxels), ("A", "B"))
@@ -84,7 +95,10 @@ def test_a_volume_of_one_slice_is_a_volume(tmp_path):
     assert load(save(tmp_path / "a.nii.gz", noise(4, 5, 1))).shape == (1, 4, 5, 1)
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png")])
+MODES = [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("RGB", "tif"), ("RGB", "bmp")]
+
+
+@pytest.mark.parametrize(("mode", "suffix"), MODES)
 def test_a_picture_becomes_grey_and_keeps_its_8_bits(tmp_path, mode, suffix):
     grey = np.linspace(0, 255, 320).round().astype(np.uint8).reshape(20, 16)
     Image.fromarray(grey).convert(mode).save(tmp_path / f"a.{suffix}")
@@ -107,24 +121,88 @@ def test_pictures_of_all_modes_fit_in_one_batch(tmp_path):
     assert batch["image"].shape == (2, 1, 8, 8)
 
 
-def test_a_dicom_folder_is_read_as_a_volume(tmp_path):
+def save_dicom(folder, num_slices):
     writer_io = itk.GDCMImageIO.New()
     writer_io.KeepOriginalUIDOn()
-    for k in range(3):
+    for k in range(num_slices):
         slice_k = itk.image_from_array((np.arange(20) + 100 * k).astype(np.int16).reshape(1, 5, 4))
         slice_k.SetSpacing([1.0, 2.0, 3.0])
         slice_k.SetOrigin([0.0, 0.0, 3.0 * k])
         tags = slice_k.GetMetaDataDictionary()
         tags["0008|0060"], tags["0020|000d"], tags["0020|000e"] = "CT", "1.2.3", "1.2.4"
         tags["0008|0018"], tags["0020|0013"], tags["0020|0032"] = f"1.2.5.{k}", str(k), f"0\\0\\{3 * k}"
-        writer = itk.ImageFileWriter[type(slice_k)].New(
-            Input=slice_k, FileName=str(tmp_path / f"{k}.dcm"), ImageIO=writer_io
-        )
+        writer = itk.ImageFileWriter[type(slice_k)].New(Input=slice_k, FileName=str(folder / f"{k}.dcm"), ImageIO=writer_io)
         writer.UseInputMetaDataDictionaryOn()
         writer.Update()
-    image = load(tmp_path)
+    return folder
+
+
+def test_a_dicom_folder_is_read_as_a_volume(tmp_path):
+    image = load(save_dicom(tmp_path, 3))
     assert image.shape == (1, 4, 5, 3) and image[0, 1, 0].tolist() == [1, 101, 201]
     np.testing.assert_allclose(image.affine, np.diag([-1, -2, 3, 1]))
+
+
+def marked_picture(path):
+    """A grey picture 16 wide and 20 high, bright at x = 3, y = 5."""
+    grey = np.full((20, 16), 50, np.uint8)
+    grey[5, 3] = 200
+    Image.fromarray(grey).save(path)
+    return path
+
+
+def marked_nifti(path, *shape):
+    voxels = np.zeros(shape, np.float32)
+    voxels[3, 5] = 1
+    return save(path, voxels)
+
+
+TWO_DIMENSIONAL = {
+    "png": lambda f: marked_picture(f / "a.png"),
+    "tiff": lambda f: marked_picture(f / "a.TIFF"),
+    "bmp": lambda f: marked_picture(f / "a.bmp"),
+    "nifti": lambda f: marked_nifti(f / "a.nii.gz", 16, 20),
+    "nifti of one slice": lambda f: marked_nifti(f / "a.nii.gz", 16, 20, 1),
+    "dicom": lambda f: save_dicom(f, 1) / "0.dcm",
+}
+
+
+@pytest.mark.parametrize("make", TWO_DIMENSIONAL.values(), ids=TWO_DIMENSIONAL.keys())
+def test_a_2d_image_becomes_a_volume_of_one_slice(tmp_path, make):
+    path = make(tmp_path)
+    image, flat = load(path, min_ndim=2, as_volume=True), load(path, min_ndim=2)
+    assert image.shape == (*flat.shape[:3], 1) and image.affine.shape == (4, 4)
+    assert torch.equal(image.as_tensor().flatten(), flat.as_tensor().flatten())
+    assert list(image.meta["spatial_shape"]) == list(image.shape[1:])
+    np.testing.assert_array_equal(image.meta["original_affine"], image.affine)
+
+
+def test_a_volume_stays_what_it_is_beside_2d_images(tmp_path):
+    path = save(tmp_path / "a.nii.gz", noise(4, 5, 6))
+    image = load(path, min_ndim=2, as_volume=True)
+    assert torch.equal(image.as_tensor(), load(path).as_tensor()) and torch.equal(image.affine, load(path).affine)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "tif", "bmp"])
+@pytest.mark.parametrize("as_volume", [False, True])
+def test_a_picture_is_in_radiological_view(tmp_path, suffix, as_volume):
+    image = load(marked_picture(tmp_path / f"a.{suffix}"), min_ndim=2, as_volume=as_volume)
+    np.testing.assert_array_equal(image.affine, np.diag([-1, -1, 1, 1]))
+    assert nib.aff2axcodes(image.affine.numpy()) == ("L", "P", "S")
+    assert np.unravel_index(image.argmax(), image.shape)[1:3] == (3, 5)
+
+
+def test_a_picture_in_radiological_view_is_lps_already(tmp_path):
+    image = load(marked_picture(tmp_path / "a.png"), min_ndim=2, as_volume=True)
+    turned = Orientationd("image", axcodes="LPS", labels=None)({"image": image})["image"]
+    assert torch.equal(turned.as_tensor(), image.as_tensor()) and torch.equal(turned.affine, image.affine)
+
+
+def test_a_tiff_with_several_pages_is_refused(tmp_path):
+    first, second = (Image.fromarray((noise(8, 8, seed=i) * 255).astype(np.uint8)) for i in range(2))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    with pytest.raises(ValueError, match="a.tif: unreadable.*NIfTI"):
+        load(tmp_path / "a.tif", min_ndim=2)
 
 
 def cut(path):
@@ -287,6 +365,189 @@ def test_restoring_more_channels_than_the_scan_has_is_refused():
         RestoreIntensityd("healthy")(data)
 
 
+# --- ScaleIntensityByWindow, FitSlicesd
+
+
+def ct(*shape, seed=0):
+    """Hounsfield units from -1000 to 1000."""
+    return torch.from_numpy(noise(*shape, seed=seed) * 2000 - 1000)
+
+
+def grey_levels(*shape, seed=0):
+    return torch.from_numpy(np.random.RandomState(seed).randint(0, 256, shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("units", ["hounsfield", "auto"])
+def test_the_window_becomes_0_to_1_and_the_rest_is_clipped(units):
+    scaled = ScaleIntensityByWindow((-20, 80), units)(torch.tensor([[-1000.0, -20, 30, 80, 3000]]))
+    assert scaled[0].tolist() == [0, 0, 0.5, 1, 1]
+    assert scaled.meta["units"] == "hounsfield"
+    assert (scaled.meta["intensity_scale"], scaled.meta["intensity_offset"]) == ([100], [-20])
+
+
+def test_the_lower_end_of_the_window_may_be_a_dark_grey_and_is_padded_with_and_restored():
+    image = MetaTensor(torch.tensor([-1000.0, -20, 80]).reshape(1, 3, 1, 1), affine=torch.eye(4))
+    scaled = ScaleIntensityByWindowd("image", (-20, 80), darkest=0.1)({"image": image})
+    torch.testing.assert_close(scaled["image"].flatten().as_tensor(), torch.tensor([0.1, 0.1, 1]))
+    torch.testing.assert_close(
+        RestoreIntensityd("image")(scaled)["image"].flatten().as_tensor(), torch.tensor([-20.0, -20, 80])
+    )
+    fitted = FitSlicesd("image", (5, 3), pixdim=1.0, darkest=0.1)(scaled)["image"]
+    torch.testing.assert_close(fitted.amin().item(), 0.1)
+
+
+@pytest.mark.parametrize("units", ["grey", "auto"])
+def test_grey_levels_are_divided_by_255(units):
+    scaled = ScaleIntensityByWindow((-20, 80), units)(torch.tensor([[0.0, 51, 255], [255, 0, 0]]))
+    torch.testing.assert_close(scaled.as_tensor(), torch.tensor([[0, 0.2, 1], [1, 0, 0]]))
+    assert scaled.meta["units"] == "grey"
+    assert (scaled.meta["intensity_scale"], scaled.meta["intensity_offset"]) == ([255, 255], [0, 0])
+
+
+def test_units_that_are_said_are_not_guessed():
+    assert ScaleIntensityByWindow((0, 80), "hounsfield")(torch.tensor([[0.0, 40]])).tolist() == [[0, 0.5]]
+    assert ScaleIntensityByWindow((0, 80), "grey")(torch.tensor([[-3.0, 255]])).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("units", ["grey", "auto"])
+def test_grey_levels_above_255_are_refused_with_the_files_name_and_the_mend(units):
+    image = MetaTensor(torch.tensor([[0.0, 256]]), meta={"filename_or_obj": "case7.nii.gz"})
+    with pytest.raises(ValueError, match="case7.nii.gz: grey levels up to 256.*--units hounsfield"):
+        ScaleIntensityByWindowd("image", (0, 80), units)({"image": image})
+
+
+@pytest.mark.parametrize("bad", [{"units": "hu"}, {"window": (80, 0)}, {"window": (1, 1)}, {"window": (0, 1, 2)}])
+def test_a_window_or_units_without_sense_are_refused(bad):
+    with pytest.raises(ValueError, match="must be"):
+        ScaleIntensityByWindow(**{"window": (0, 80), **bad})
+
+
+def test_the_window_leaves_its_input_and_its_meta_data_alone():
+    image = MetaTensor(ct(1, 4, 4, 4), affine=torch.as_tensor(AFFINE), meta={"filename_or_obj": "a"})
+    before = image.clone()
+    scaled = ScaleIntensityByWindow((0, 80))(image)
+    assert torch.equal(image, before) and "units" not in image.meta
+    assert torch.equal(scaled.affine, image.affine) and scaled.meta["filename_or_obj"] == "a"
+
+
+@pytest.mark.parametrize("make", [ct, grey_levels])
+def test_restoring_undoes_the_window_even_after_a_batch(make):
+    image = make(2, 8, 8, 4)
+    transform = ScaleIntensityByWindowd("image", (-1000, 1000))
+    batch = next(iter(DataLoader(Dataset([{"image": image}] * 2, transform), batch_size=2)))
+    for item in decollate_batch(batch):
+        item["healthy"] = item["image"].as_tensor()
+        torch.testing.assert_close(RestoreIntensityd("healthy")(item)["healthy"], image, rtol=0, atol=1e-3)
+
+
+def fit(path, spatial_size=(64, 64), pixdim=1.0):
+    """Preprocessing, its result for one file after a batch, and the same inverted as a prediction would be."""
+    preprocessing = Compose(
+        [
+            LoadSequencesd("image", ["CT"], min_ndim=2, as_volume=True),
+            Orientationd("image", axcodes="LPS", labels=None),
+            ScaleIntensityByWindowd("image", (0, 100)),
+            FitSlicesd("image", spatial_size, pixdim),
+        ]
+    )
+    (data,) = decollate_batch(next(iter(DataLoader(Dataset([{"image": str(path)}], preprocessing), batch_size=1))))
+    fitted = data["image"]
+    data["map"] = MetaTensor(fitted.as_tensor())
+    data["healthy"] = MetaTensor(torch.cat([fitted.as_tensor()] * 2))
+    invert = Invertd(["map", "healthy"], preprocessing, orig_keys="image", nearest_interp=False)
+    return fitted, RestoreIntensityd(["map"])(invert(data))
+
+
+def check_grid(data, scan):
+    for key, channels in (("map", 1), ("healthy", 2)):
+        assert data[key].shape == (channels, *scan.shape[1:]) and not data[key].applied_operations
+        np.testing.assert_allclose(data[key].affine, scan.affine, atol=1e-6)
+    torch.testing.assert_close(data["healthy"][0].as_tensor() * data["healthy"].meta["intensity_scale"][0], data["map"][0])
+
+
+TURNS = {
+    "RAS": np.diag([0.5, 0.5, 5, 1]),
+    "LPI": np.diag([-0.5, -0.5, -5, 1]),
+    "PIR": np.array([[0, 0, 0.5, 7], [-0.5, 0, 0, 3], [0, -5, 0, 1], [0, 0, 0, 1]]),
+    "oblique": np.array([[0.4, 0.3, 0, 7], [-0.3, 0.4, 0, 3], [0, 0, 5, 1], [0, 0, 0, 1]]),
+    "tilted gantry": np.array([[0.5, 0, 0, 7], [0, 0.5, 1.5, 3], [0, 0, 5, 1], [0, 0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("affine", TURNS.values(), ids=TURNS.keys())
+def test_a_ct_is_brought_to_the_pixel_size_and_results_come_back_to_their_place(tmp_path, affine):
+    long_axis = int(abs(affine[:3, :3]).max(axis=0).argmax())
+    shape = np.insert([96, 80], long_axis, 7)
+    voxels = np.full(shape, -1000, np.float32)
+    place = np.insert([50, 30], long_axis, 2)
+    first, last = place - np.insert([4, 4], long_axis, 0), place + np.insert([5, 5], long_axis, 1)
+    voxels[tuple(map(slice, first, last))] = 100
+    scan = load(save(tmp_path / "a.nii.gz", voxels, affine))
+    fitted, data = fit(tmp_path / "a.nii.gz")
+    assert fitted.shape == (1, 64, 64, 7) and fitted.meta["units"] == "hounsfield"
+    np.testing.assert_allclose(np.linalg.norm(fitted.affine[:3, :3], axis=0)[:2], 1)
+    check_grid(data, scan)
+    found = data["map"][0].numpy()
+    centre = (np.indices(shape) * found).reshape(3, -1).sum(axis=1) / found.sum()
+    np.testing.assert_allclose(centre, place, atol=0.3)
+    assert found[tuple(place)] > 50
+
+
+def test_a_ct_larger_than_the_network_sees_comes_back_with_zeros_around(tmp_path):
+    scan = load(save(tmp_path / "a.nii.gz", ct(100, 90, 3).numpy(), np.diag([1.0, 1, 5, 1])))
+    fitted, data = fit(tmp_path / "a.nii.gz")
+    check_grid(data, scan)
+    seen = data["map"][0].as_tensor()
+    assert not seen[:18].any() and not seen[82:].any() and not seen[:, :13].any() and not seen[:, 77:].any()
+    torch.testing.assert_close(seen[18:82, 13:77], scan[0, 18:82, 13:77].as_tensor().clamp(0, 100), rtol=0, atol=1e-3)
+    assert fitted.shape == (1, 64, 64, 3)
+
+
+def test_the_noise_of_a_fine_grid_does_not_stay_in_full(tmp_path):
+    save(tmp_path / "a.nii.gz", noise(256, 256, 2) * 100 - 1e-3, np.diag([0.25, 0.25, 5, 1]))
+    save(tmp_path / "b.nii.gz", (noise(256, 256, 2) * 255).round())
+    for name in "ab":
+        assert fit(tmp_path / f"{name}.nii.gz")[0][:, 4:-4, 4:-4].std() < 0.5 * noise(256, 256).std()
+
+
+@pytest.mark.parametrize("affine", [np.eye(4), TURNS["LPI"], TURNS["PIR"]], ids=["RAS", "LPI", "PIR"])
+def test_stacked_pictures_of_the_networks_size_are_kept_bit_for_bit(tmp_path, affine):
+    long_axis = 1 if affine[2, 1] else 2
+    shape = np.insert([64, 64], long_axis, 3)
+    scan = load(save(tmp_path / "a.nii.gz", grey_levels(*shape).numpy(), affine))
+    fitted, data = fit(tmp_path / "a.nii.gz")
+    assert fitted.shape == (1, 64, 64, 3) and nib.aff2axcodes(fitted.affine.numpy()) == ("L", "P", "S")
+    check_grid(data, scan)
+    assert torch.equal(data["map"].as_tensor(), scan.as_tensor() / 255 * 255)
+
+
+def test_a_picture_of_another_size_is_stretched_and_comes_back_in_its_own(tmp_path):
+    grey = np.zeros((100, 80), np.uint8)
+    grey[56:65, 16:25] = 255
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    fitted, data = fit(tmp_path / "a.png")
+    assert fitted.shape == (1, 64, 64, 1) and fitted.meta["units"] == "grey"
+    check_grid(data, load(tmp_path / "a.png", min_ndim=2, as_volume=True))
+    found = data["map"][0, ..., 0].numpy()
+    np.testing.assert_allclose(
+        (np.indices(found.shape) * found).reshape(2, -1).sum(axis=1) / found.sum(), [20, 60], atol=0.3
+    )
+    assert found[20, 60] > 200 and not found[:10].any() and not found[:, :50].any()
+
+
+def test_fitting_leaves_its_input_and_its_trace_alone():
+    for units in ("hounsfield", "grey"):
+        for size in (8, 12):
+            image = MetaTensor(torch.rand(1, size, size, 2), affine=torch.eye(4), meta={"units": units})
+            before = image.clone()
+            FitSlicesd("image", (8, 8), 1.0)({"image": image})
+            assert torch.equal(image, before) and not image.applied_operations
+
+
+def test_a_missing_image_may_be_left_out_of_fitting():
+    assert FitSlicesd("image", (8, 8), 1.0, allow_missing_keys=True)({"a": 1}) == {"a": 1}
+
+
 # --- has_foreground, ExtractSlicesd
 
 
@@ -357,6 +618,27 @@ def test_a_volume_of_one_slice_lies_at_position_0():
 def test_images_without_labels_are_refused_with_the_cases_name(shape):
     with pytest.raises(ValueError, match="case9.*add"):
         ExtractSlicesd()({"image": torch.ones(shape), "case": "case9"})
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 8, 8, 1), (1, 8, 8, 3)])
+def test_without_labels_every_slice_is_healthy(shape):
+    slices = ExtractSlicesd(labelled=False)({"image": torch.ones(shape), "case": "a"})
+    assert [(s["class_label"], s["slice"], s["image"].shape) for s in slices] == [
+        (0, i, (1, 8, 8)) for i in range(shape[3] if len(shape) > 3 else 1)
+    ]
+
+
+def test_labels_that_are_not_asked_for_are_ignored_and_empty_slices_still_left_out():
+    assert [(s["slice"], s["class_label"]) for s in ExtractSlicesd(labelled=False)(volume())] == [
+        (i, 0) for i in range(1, 6)
+    ]
+    (item,) = ExtractSlicesd(labelled=False)({"image": torch.ones(1, 8, 8), "class_label": 1})
+    assert item["class_label"] == 0
+
+
+def test_a_least_foreground_of_zero_keeps_every_slice():
+    slices = ExtractSlicesd(labelled=False, min_foreground=0)(volume())
+    assert [s["slice"] for s in slices] == list(range(6))
 
 
 def test_transforms_after_the_cut_see_every_slice():
@@ -561,3 +843,12 @@ def test_the_stand_in_is_drawn_from_the_seed():
     first = [replaced(seed) for seed in range(40)]
     assert first == [replaced(seed) for seed in range(40)]
     assert 10 < sum(first) < 30
+
+
+def test_spacing_leaves_alone_what_is_called_like_the_image_and_can_be_undone(tmp_path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((4, 6, 2)), np.diag([2.0, 2, 5, 1])), tmp_path / "a.nii.gz")
+    path = str(tmp_path / "a.nii.gz")
+    preprocessing = Compose([LoadSequencesd("image", ["flair"]), Spacingd("image", pixdim=(1.0, 1.0, -1.0))])
+    data = preprocessing({"image": path, "image_path": path})
+    assert data["image"].shape == (1, 7, 11, 2) and data["image_path"] == path
+    assert preprocessing.inverse(data)["image"].shape == (1, 4, 6, 2)

@@ -11,7 +11,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder, Diff
 from torch import Tensor, nn
 
 from scripts.losses import variational_bound
-from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, level_grid, noise_from_v, noise_image
+from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_from_v, noise_image
 from scripts.transforms import has_foreground
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
@@ -166,6 +166,18 @@ class DDIMAnomalyNet(nn.Module):
         )
         self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
 
+    @property
+    def published(self) -> dict[str, object]:
+        """Settings of the published procedure (paper, algorithm 1): L single first-order steps up, L guided ones down."""
+        return {
+            "num_steps": self.noise_level,
+            "guidance_steps": 0,
+            "solver": "ddim",
+            "mode": "ddim",
+            "smoothing": 0.0,
+            "amp": False,
+        }
+
     def _run(self, network: nn.Module, x: Tensor, t: Tensor | int) -> Tensor:
         """Call a sub-network on the folded x; level t is the networks' step t - 1, counted from 0."""
         step = torch.as_tensor(t, device=x.device).sub(1).clamp(min=0).expand(len(x))
@@ -308,13 +320,9 @@ class DDIMAnomalyNet(nn.Module):
             T = 1000 terms is 1); ``classifier``: cross-entropy.
         """
         x0 = 2 * image - 1
-        u = torch.rand(len(x0), generator=generator, device=x0.device)
-        t = 1 + (self.num_levels * u**self.level_power).long().clamp(max=self.num_levels - 1)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        a = self._alpha(t)
-        x = noise_image(x0, noise, a)
+        x, t, noise = draw_noised(x0, self.alphas_cumprod, generator, self.level_power)
         pred, fraction = self.estimate(x, t)
-        error = pred - noise if self.prediction_type == "epsilon" else (pred - noise) / a.sqrt()  # in v: divided by sqrt(a)
+        error = pred - noise if self.prediction_type == "epsilon" else (pred - noise) / self._alpha(t).sqrt()  # in v
         return {
             "noise": (error**2).mean(),
             "variance": variational_bound(pred, fraction, noise, t, self.alphas_cumprod),

@@ -1,0 +1,291 @@
+"""What the models of healthy slices have in common: from an estimate of how unlike health each place is to a map.
+
+Such a model learns from healthy slices alone. An anomaly is what it finds unlikely, and what changes when the unlikely
+places are replaced by what the model would have expected there (Pinaya et al. 2022, arXiv 2206.03461).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from monai.networks.layers import GaussianFilter
+from monai.networks.nets import VQVAE
+from torch import Tensor, nn
+
+from scripts.losses import SpectralLoss
+from scripts.transforms import has_foreground
+
+__all__ = ["HealthyModel", "QuantisedModel"]
+
+NUM_QUANTILES = 2001  # of what held-out healthy slices give; 0.05 % apart
+
+
+class HealthyModel(nn.Module):
+    """A model of healthy slices that makes an anomaly map, a healed slice and a score.
+
+    A subclass has ``unlikeness(image)``, a map (B, 1, h, w), 0 or more, on a grid that divides the slice's, and
+    ``heal(image, mask)``, which returns the slice (B, C, H, W) with the places of ``mask``, (B, 1, h, w) bool, replaced by
+    what the model expects there. The quantiles of ``unlikeness`` and of ``score`` over held-out healthy slices are buffers
+    and lie among the weights; :meth:`calibrate` measures them after training.
+
+    Args:
+        in_channels: number of channels, C.
+        spatial_size: height and width of a slice.
+        percentile: places that are more unlike than this percentage of the places of healthy slices are healed.
+        smoothing: standard deviation in pixels of the Gaussian filter over the mask that multiplies the residual.
+        masked_map: multiply the residual with the smoothed mask.
+        heal_all: replace the whole slice, not only what is unlike.
+        residual: ``image``, what differs between the slice and the healed one, as in the paper; ``both``: the smaller one
+            of that and of what differs between the slice as the model restores it and the healed one, so that what the
+            model can't restore anywhere does not count.
+        score: ``max``, the most unlike place, or ``mean``, as in the paper.
+        min_foreground: slices with a smaller share of foreground are skipped and return zero.
+        foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
+        amp: bfloat16 arithmetic in the networks.
+
+    Raises:
+        ValueError: for an unknown score or residual, or a percentile that is none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        spatial_size: Sequence[int] = (64, 64),
+        percentile: float = 97.5,
+        smoothing: float = 1.0,
+        masked_map: bool = True,
+        heal_all: bool = False,
+        residual: str = "image",
+        score: str = "max",
+        min_foreground: float = 0.01,
+        foreground_level: float = 0.15,
+        amp: bool = False,
+    ) -> None:
+        super().__init__()
+        if score not in ("max", "mean"):
+            raise ValueError(f"unknown score '{score}': choose max or mean")
+        if residual not in ("image", "both"):
+            raise ValueError(f"unknown residual '{residual}': choose image or both")
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentile must lie in 0 ... 100, got {percentile}")
+        self.in_channels, self.spatial_size = in_channels, tuple(spatial_size)
+        self.percentile, self.smoothing = percentile, smoothing
+        self.masked_map, self.heal_all, self.residual, self.reduction = masked_map, heal_all, residual, score
+        self.min_foreground, self.foreground_level, self.amp = min_foreground, foreground_level, amp
+        self.register_buffer("healthy_places", torch.zeros(NUM_QUANTILES))
+        self.register_buffer("healthy_scores", torch.zeros(NUM_QUANTILES))
+
+    def load_weights(self, path: str | Path) -> HealthyModel:
+        """Load ``model.pt``, every name of which must be this network's, and return the network, for inference."""
+        self.load_state_dict(torch.load(path, map_location=self.healthy_places.device, weights_only=True))
+        return self.eval()
+
+    def unlikeness(self, image: Tensor) -> Tensor:
+        """How unlike health each place of slices (B, C, H, W) in [0, 1] is: (B, 1, h, w), 0 or more."""
+        raise NotImplementedError
+
+    def heal(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] with the places of ``mask`` (B, 1, h, w) replaced by healthy ones."""
+        raise NotImplementedError
+
+    def restore(self, image: Tensor) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] as the model keeps them when nothing is healed."""
+        return image
+
+    def _reduce(self, unlike: Tensor) -> Tensor:
+        return unlike.flatten(1).amax(dim=1) if self.reduction == "max" else unlike.flatten(1).mean(dim=1)
+
+    @torch.no_grad()
+    def score(self, image: Tensor, unlike: Tensor | None = None) -> Tensor:
+        """Score (B,) of slices (B, C, H, W) in [0, 1]: the larger, the less the slice looks healthy.
+
+        ``unlike`` is ``unlikeness(image)``, to be given if it is known already.
+        """
+        return self._reduce(self.unlikeness(image.float()) if unlike is None else unlike)
+
+    def quantile(self, buffer: str, percentile: float) -> Tensor:
+        """Percentile of ``healthy_places`` or ``healthy_scores``, a scalar."""
+        return getattr(self, buffer).float()[round(percentile / 100 * (NUM_QUANTILES - 1))]
+
+    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Anomaly map (B, 1, H, W), healed slices (B, C, H, W) and scores (B,) of slices (B, C, H, W) in [0, 1]."""
+        unlike = self.unlikeness(image)
+        mask = unlike > self.quantile("healthy_places", self.percentile)
+        healed = self.heal(image, torch.ones_like(mask) if self.heal_all else mask)
+        difference = (image - healed).abs()
+        if self.residual == "both":
+            difference = difference.minimum((self.restore(image) - healed).abs())
+        anomaly = difference.mean(dim=1, keepdim=True)
+        if self.masked_map:
+            anomaly = anomaly * self.smooth(mask)
+        return anomaly, healed, self.score(image, unlike)
+
+    def smooth(self, mask: Tensor) -> Tensor:
+        """A mask (B, 1, h, w) on the slice's grid, (B, 1, H, W), its border smoothed outwards and inwards, in [0, 1]."""
+        mask = nn.functional.interpolate(mask.float(), self.spatial_size, mode="nearest")
+        return GaussianFilter(spatial_dims=2, sigma=self.smoothing).to(mask.device)(mask) if self.smoothing > 0 else mask
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[dict]) -> None:
+        """Measure the quantiles of the unlikeness and of the score over held-out healthy slices.
+
+        Args:
+            batches: dictionaries with ``image``, (B, C, H, W) in [0, 1]; slices without foreground do not count.
+
+        Raises:
+            ValueError: if no slice shows any foreground.
+        """
+        places, scores = [], []
+        was_training = self.training
+        self.eval()
+        for batch in batches:
+            image = batch["image"].to(self.healthy_places.device).float()
+            image = image[has_foreground(image, self.foreground_level, self.min_foreground)]
+            if len(image):
+                unlike = self.unlikeness(image)
+                places.append(unlike.flatten())
+                scores.append(self.score(image, unlike))
+        self.train(was_training)
+        if not places:
+            raise ValueError("no held-out healthy slice shows any foreground: there is nothing to calibrate with")
+        steps = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64)
+        for buffer, values in ((self.healthy_places, places), (self.healthy_scores, scores)):
+            values = torch.cat(values).double().cpu().sort().values  # torch.quantile takes 16 million values at most
+            buffer.copy_(values[((len(values) - 1) * steps).round().long()])
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Whole method on a batch of slices.
+
+        Args:
+            image: slices (B, C, H, W), grey levels in [0, 1]; or volumes (B, C, H, W, D), whose slices are taken as one
+                batch (``SliceInferer`` bounds the memory).
+
+        Returns:
+            (B, C + 2, H, W[, D]): the anomaly map, 0 or more; the C channels of the healed slice; and the abnormality
+            in [0, 1], constant over a slice, which is score / (score + h) with the ``percentile`` h of the scores of
+            healthy slices, so that 0.5 means "as unlike as the most unlike 2.5 % of healthy slices". Slices with too
+            little foreground are zero throughout.
+
+        Raises:
+            ValueError: if the number of channels or the size of the slices is not the network's.
+        """
+        if image.ndim == 5:
+            slices = self(image.movedim(-1, 1).flatten(0, 1))
+            return slices.unflatten(0, (len(image), -1)).movedim(1, -1)
+        expected = (self.in_channels, *self.spatial_size)
+        if image.shape[1:] != expected:
+            raise ValueError(f"expected slices of shape {expected}, got {tuple(image.shape[1:])}")
+        output = image.new_zeros(len(image), self.in_channels + 2, *self.spatial_size)
+        seen = has_foreground(image, self.foreground_level, self.min_foreground)
+        if seen.any():
+            image = image[seen].float().contiguous()  # the same rounding however the scan is stored
+            anomaly, healed, score = self.examine(image)
+            healthy = self.quantile("healthy_scores", self.percentile).clamp(min=1e-12)
+            abnormality = (score / (score + healthy)).view(-1, 1, 1, 1).expand_as(anomaly)
+            output[seen] = torch.cat([anomaly, healed, abnormality], dim=1).to(output.dtype)
+        return output
+
+
+class QuantisedModel(HealthyModel):
+    """A model of healthy slices that works on the latents of a VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937).
+
+    Args:
+        channels: channels of the VQ-VAE's levels, each of which halves the resolution.
+        num_res_layers: residual layers a level.
+        num_embeddings: size of the codebook.
+        embedding_dim: channels of the latents.
+        spectral_weight: weight of the spectral loss (Dhariwal et al. 2020, arXiv 2005.00341, section 3.3).
+        kwargs: arguments of :class:`HealthyModel`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (64, 128),
+        num_res_layers: int = 2,
+        num_embeddings: int = 512,
+        embedding_dim: int = 4,
+        spectral_weight: float = 1.0,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.autoencoder = VQVAE(
+            spatial_dims=2,
+            in_channels=self.in_channels,
+            out_channels=self.in_channels,
+            channels=tuple(channels),
+            num_res_layers=num_res_layers,
+            num_res_channels=tuple(channels),
+            downsample_parameters=((2, 4, 1, 1),) * len(channels),
+            upsample_parameters=((2, 4, 1, 1, 0),) * len(channels),
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+            decay=0.99,
+        ).to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.spectral_loss = SpectralLoss(spatial_dims=2)
+        self.spectral_weight = spectral_weight
+
+    def load_autoencoder(self, path: str | Path) -> None:
+        """Take the VQ-VAE, and nothing else, from the weights of such a model (``model.pt``)."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        prefix = "autoencoder."
+        self.autoencoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] to latents (B, embedding_dim, h, w), before quantisation."""
+        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return self.autoencoder.encode(image).float()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents (B, embedding_dim, h, w), quantised here, to slices (B, C, H, W)."""
+        quantised, _ = self.autoencoder.quantize(latent)
+        with torch.autocast(latent.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return self.autoencoder.decode(quantised).float()
+
+    def restore(self, image: Tensor) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] after encoding, quantisation and decoding."""
+        return self.decode(self.encode(image))
+
+    def autoencoder_losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of the VQ-VAE, whose sum its training minimises.
+
+        Args:
+            image: healthy slices (B, C, H, W) in [0, 1].
+            class_label: not used.
+            generator: source of the entries that unused ones of the codebook are replaced by.
+
+        Returns:
+            ``reconstruction``: mean absolute error; ``spectral``: squared error of the Fourier amplitudes, times its
+            weight; ``commitment``: of the encoder to its codebook.
+        """
+        latent = self.encode(image)
+        if self.training:
+            self._revive_entries(latent.detach(), generator)
+        quantised, commitment = self.autoencoder.quantize(latent)
+        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            restored = self.autoencoder.decode(quantised).float()
+        return {
+            "reconstruction": (restored - image).abs().mean(),
+            "spectral": self.spectral_weight * self.spectral_loss(restored, image),
+            "commitment": commitment,
+        }
+
+    def _revive_entries(self, latent: Tensor, generator: torch.Generator) -> None:
+        """Move entries of the codebook that are hardly used to latents of this batch (Dhariwal et al. 2020, section 3.2).
+
+        At the first iteration none has been used, so that the codebook begins with latents.
+        """
+        quantiser = self.autoencoder.quantizer.quantizer
+        unused = (quantiser.ema_cluster_size < 0.05).nonzero()[:, 0]
+        if len(unused):
+            if dist.is_initialized():  # the codebook must stay the same in all processes
+                shares = [torch.empty_like(latent) for _ in range(dist.get_world_size())]
+                dist.all_gather(shares, latent.contiguous())
+                latent = torch.stack(shares, dim=1).flatten(0, 1)
+            places = latent.movedim(1, -1).flatten(0, -2)
+            chosen = torch.randint(len(places), (len(unused),), generator=generator, device=latent.device)
+            quantiser.embedding.weight.data[unused] = quantiser.ema_w[unused] = places[chosen]
+            quantiser.ema_cluster_size[unused] = 1.0

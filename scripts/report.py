@@ -1,0 +1,480 @@
+"""One HTML page over the results of a cohort: a table of the cases with their pictures, histograms, metrics, failures.
+
+The page holds everything it shows and loads nothing from a network, and the same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from tqdm import tqdm
+
+from scripts.files import written_aside
+
+__all__ = ["report"]
+
+MIN_TRUST = 0.5
+PIXELS = 150_000_000  # of all pictures together, so that the page of a large cohort has some 15 to 20 MB
+MIN_PIXELS = 40_000  # of one picture
+VERSIONS = ("bundle", "version", "weights")
+HEADINGS = {
+    "finding_ml": "finding (ml)",
+    "dice": "Dice",
+    "best_dice": "largest Dice",
+    "slice_dice": "Dice of slices",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "lesion_mean": "map in lesion",
+    "healthy_slice_mean": "map of healthy slices",
+    "true_ml": "label (ml)",
+    "num_slices": "slices",
+    "num_cases": "cases",
+    "dice_mean": "Dice, mean",
+    "dice_std": "Dice, standard deviation",
+    "best_threshold": "threshold of the largest Dice",
+    "best_dice_lesion_slices": "largest Dice of lesion slices",
+    "auroc_lesion_slices": "AUROC of lesion slices",
+    "auprc_lesion_slices": "AUPRC of lesion slices",
+    "slice_auroc": "AUROC of slices",
+    "slice_auprc": "AUPRC of slices",
+    "healthy_ratio": "map of healthy slices / in lesions",
+}
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --faint: #5b626b; --line: #d5d9de; --tint: #f2f4f6;
+  --bar: #2f6fae; --doubt: #a33c00; --doubt-tint: #fdf0e6; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #16181b; --ink: #e6e8ea; --faint: #a2a9b1;
+  --line: #3a3f45; --tint: #212429; --bar: #6aa9e6; --doubt: #ffab73; --doubt-tint: #33251b; } }
+@media print { :root { color-scheme: light; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem clamp(.6rem, 2vw, 2rem); max-width: 110rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.45 system-ui, sans-serif; }
+h1 { margin: 0 0 .5rem; font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { margin: 1.6rem 0 .5rem; font-size: 1.15rem; }
+dl { display: flex; flex-wrap: wrap; gap: .3rem 2rem; margin: 0; }
+dt { color: var(--faint); font-size: .85rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: start; }
+figure { margin: 1.2rem 0 0; width: 24rem; max-width: 100%; }
+figcaption, .note { color: var(--faint); font-size: .9rem; }
+figcaption b { color: var(--ink); }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--faint); font-size: 11px; }
+svg line { stroke: var(--line); }
+svg rect { fill: var(--bar); }
+svg rect.doubtful { fill: var(--doubt); }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .5rem 0; }
+input, button { font: inherit; color: inherit; background: var(--tint); border: 1px solid var(--line);
+  border-radius: .3rem; padding: .25rem .6rem; }
+button { cursor: pointer; }
+:focus-visible { outline: 3px solid var(--bar); outline-offset: 1px; }
+.scroll { overflow: auto; max-height: 92vh; border: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
+#cases { width: 100%; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
+thead th { position: sticky; top: 0; z-index: 1; background: var(--tint); color: var(--faint); font-weight: 600; }
+th[data-number], td.number { text-align: right; white-space: nowrap; }
+tbody th { font-weight: 600; overflow-wrap: break-word; max-width: 20rem; }
+#cases tbody th { position: sticky; left: 0; background: var(--paper); }
+#cases thead th:nth-child(2) { left: 0; z-index: 2; }
+.reason { overflow-wrap: anywhere; }
+thead button { all: unset; cursor: pointer; white-space: nowrap; }
+thead button:focus-visible { outline: 3px solid var(--bar); outline-offset: 3px; }
+thead button::after { content: "\\2195"; display: inline-block; width: 1.1em; text-align: center; opacity: .45; }
+[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
+[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
+[aria-sort] { color: var(--ink); }
+.picture { width: 1px; padding: .25rem; }
+.picture button { display: block; padding: 0; border-color: transparent; background: none; cursor: zoom-in; }
+.picture img { display: block; width: 15rem; height: 3.6rem; object-fit: cover; border-radius: .2rem; background: #000; }
+#cases tr.doubtful > * { background: var(--doubt-tint); }
+.doubt { display: block; color: var(--doubt); font-size: .85em; font-weight: 600; }
+dialog { width: 100vw; max-width: 100vw; height: 100vh; height: 100dvh; max-height: none; margin: 0; border: 0;
+  padding: .6rem; color: #e6e8ea; background: #000; }
+dialog[open] { display: flex; flex-direction: column; gap: .5rem; }
+dialog nav { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+dialog h2 { margin: 0 auto 0 0; overflow-wrap: anywhere; }
+dialog p { margin: 0; font-size: .9rem; color: #a2a9b1; }
+dialog button { background: #26292d; border-color: #4a5057; color: #e6e8ea; }
+dialog [aria-pressed=true] { background: #e6e8ea; color: #000; }
+.stage { flex: 1; min-height: 0; overflow: auto; display: flex; }
+.stage img { margin: auto; max-width: 100%; max-height: 100%; }
+.stage:not(.actual) img { width: 100%; height: 100%; object-fit: contain; }
+.actual img { max-width: none; max-height: none; }
+@media (max-width: 40rem) { .picture img { width: 8rem; height: 2.6rem; } th, td { padding: .3rem .45rem; } }
+@media (scripting: none) { .controls, thead button::after { display: none; } }
+@media print {
+  body { padding: 0; max-width: none; font-size: 9pt; }
+  .controls, dialog, thead button::after { display: none !important; }
+  :focus-visible { outline: none; }
+  .scroll { overflow: visible; max-height: none; border: 0; }
+  thead th, #cases th { position: static; white-space: normal; }
+  thead button { white-space: normal; }
+  th, td { padding: .15rem .3rem; }
+  tr, figure { break-inside: avoid; }
+  .picture img { width: 9rem; height: 2.4rem; }
+  .picture img, svg rect { print-color-adjust: exact; }
+}
+"""
+
+SCRIPT = """
+"use strict";
+const cases = document.querySelector("#cases");
+if (cases) {
+  const body = cases.tBodies[0], headings = [...cases.tHead.rows[0].cells], rows = [...body.rows];
+  const words = new Intl.Collator(undefined, {numeric: true});
+  const name = row => row.querySelector("th").textContent;
+
+  const sort = (heading, descending) => {
+    const column = headings.indexOf(heading), sign = descending ? -1 : 1;
+    const isNumber = "number" in heading.dataset;
+    const keys = new Map(rows.map(row => {
+      const text = row.cells[column].textContent, number = parseFloat(text);
+      return [row, !isNumber ? text : Number.isNaN(number) ? Infinity * sign : number];  // what is missing comes last
+    }));
+    const compare = isNumber ? (a, b) => a < b ? -1 : a > b ? 1 : 0 : words.compare;
+    rows.sort((a, b) => sign * compare(keys.get(a), keys.get(b)));
+    body.append(...rows);
+    headings.forEach(other => other.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+  };
+  for (const heading of headings)
+    heading.querySelector("button")?.addEventListener("click",
+      () => sort(heading, heading.getAttribute("aria-sort") === "ascending"));
+
+  const filter = document.querySelector("#filter"), count = document.querySelector("#count");
+  const narrow = () => {
+    const wanted = filter.value.trim().toLowerCase();
+    for (const row of rows) row.hidden = !name(row).toLowerCase().includes(wanted);
+    count.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} cases`;
+  };
+  filter.addEventListener("input", narrow);
+  narrow();  // a browser keeps what was typed over a reload
+
+  const dialog = document.querySelector("dialog"), picture = dialog.querySelector("img");
+  const stage = dialog.querySelector(".stage"), [previous, next, size, close] = dialog.querySelectorAll("button");
+  let shown = null;
+  const show = row => {
+    if (!row) return;
+    shown = row;
+    const small = row.querySelector("img"), original = new Image();
+    picture.src = small.src;
+    picture.alt = `Overview picture of ${name(row)}`;
+    original.onload = () => { if (shown === row) picture.src = original.src; };
+    original.src = small.dataset.original;  // where the page still lies beside the results, it shows every pixel
+    dialog.querySelector("h2").textContent = name(row);
+    dialog.querySelector("p").textContent = headings.flatMap((heading, column) => "number" in heading.dataset
+      ? [`${heading.textContent} ${[...row.cells[column].childNodes].map(node => node.textContent).join(", ")}`]
+      : []).join(" \\u00b7 ");
+    if (!dialog.open) dialog.showModal();
+  };
+  const step = by => {
+    const visible = [...body.rows].filter(row => !row.hidden && row.querySelector("img"));
+    show(visible[visible.indexOf(shown) + by]);
+  };
+  const zoom = () => size.setAttribute("aria-pressed", stage.classList.toggle("actual"));
+  const leave = () => {
+    if (stage.classList.contains("actual")) zoom();
+    shown.querySelector("button").focus();
+  };
+  body.addEventListener("click", event => {
+    if (event.target.closest("button")) show(event.target.closest("tr"));
+  });
+  previous.addEventListener("click", () => step(-1));
+  next.addEventListener("click", () => step(1));
+  size.addEventListener("click", zoom);
+  picture.addEventListener("click", zoom);
+  close.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", leave);
+  dialog.addEventListener("keydown", event => {
+    if (stage.classList.contains("actual")) return;  // the arrows scroll the picture
+    if (event.key === "ArrowLeft") step(-1);
+    if (event.key === "ArrowRight") step(1);
+  });
+}
+"""
+
+DIALOG = """<dialog aria-labelledby="shown">
+<nav><h2 id="shown"></h2>
+<button type="button">Previous</button> <button type="button">Next</button>
+<button type="button" aria-pressed="false">Actual size</button> <button type="button" autofocus>Close</button></nav>
+<p></p>
+<div class="stage" tabindex="0"><img alt=""></div>
+</dialog>
+"""
+
+
+def report(results_dir: Path, path: Path | None = None) -> Path:
+    """Write one HTML page over the results of a cohort.
+
+    It shows ``results.csv``, the overview picture of each case, ``metrics.csv`` and ``metrics_summary.json`` of an
+    evaluation, and the cases that failed (``failures.csv``), as far as they are there. Cases whose trust is below 0.5 are
+    marked. The more cases, the smaller the pictures that the page holds; in place of them it shows the files beside it,
+    where they are found. The program ends with one line if a table can't be read or the page can't be written.
+
+    Args:
+        results_dir: folder that a bundle's inference wrote.
+        path: file to write; ``report.html`` in that folder if not given.
+
+    Returns:
+        the file.
+    """
+    results_dir = Path(results_dir).resolve()
+    path = Path(path).resolve() if path else results_dir / "report.html"
+    if path.is_dir():
+        sys.exit(f"{path}: is a folder; give the name of a file to write")
+    failures = _read_table(results_dir / "failures.csv")
+    if not failures and not (results_dir / "results.csv").is_file():
+        sys.exit(f"{results_dir}: no results.csv there; give the --output_dir of a bundle's inference")
+    rows = _read_table(results_dir / "results.csv")
+    metrics = _read_table(results_dir / "metrics.csv")
+    if [row["case"] for row in metrics[-2:]] == ["mean", "std"]:
+        del metrics[-2:]
+    metrics_of = {row.pop("case"): row for row in metrics}
+    for row in metrics_of.values():
+        row.pop("predicted_ml", None)  # it is the finding's volume
+    metric_names = list(next(iter(metrics_of.values()), {}))
+    rows = [{**row, **{n: _rounded(metrics_of.get(row["case"], {}).get(n, "")) for n in metric_names}} for row in rows]
+
+    page = "".join(
+        [
+            _header(rows, failures),
+            _summary(results_dir / "metrics_summary.json"),
+            _cases(rows, results_dir, path.parent),
+            _failures(failures),
+        ]
+    )
+    try:
+        with written_aside(path) as aside:
+            aside.write_text(_document(_title(rows), page), encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"{path}: can't be written ({error.strerror or error}); give another place by --path")
+    return path
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a table with a column ``case``; none if there is no such file."""
+    try:
+        if not path.exists():
+            return []
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            if "case" not in (table.fieldnames or ()):
+                sys.exit(f"{path}: has no column 'case'; run the bundle again to write it anew")
+            rows = list(table)
+            if any(None in row or None in row.values() for row in rows):
+                sys.exit(f"{path}: a row has too few or too many columns; run the bundle again to write it anew")
+            return rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        sys.exit(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})")
+
+
+def _number(text: str) -> float:
+    """Number that a text stands for, NaN if it is none or not finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _rounded(text: str) -> str:
+    number = _number(text)
+    return text if math.isnan(number) or text.isdecimal() else f"{number:.3f}"
+
+
+def _heading(name: str) -> str:
+    return escape(HEADINGS.get(name, name.replace("_", " ")))
+
+
+def _is_doubtful(row: Mapping[str, str]) -> bool:
+    return _number(row.get("trust", "")) < MIN_TRUST
+
+
+def _title(rows: Sequence[Mapping[str, str]]) -> str:
+    return escape(", ".join(dict.fromkeys(row.get("bundle", "") for row in rows)) or "Results")
+
+
+def _versions(rows: Sequence[Mapping[str, str]]) -> Counter[tuple[str, ...]]:
+    """Number of cases of each bundle, version and weights."""
+    return Counter(tuple(row.get(name, "") for name in VERSIONS) for row in rows)
+
+
+def _document(title: str, page: str) -> str:
+    # nothing but this style and this script is obeyed, and nothing is loaded from elsewhere, whatever the page holds
+    style, script = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (STYLE, SCRIPT))
+    policy = f"default-src 'none'; img-src data: file: 'self'; style-src 'sha256-{style}'; script-src 'sha256-{script}'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: results</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{page}<p class="note">For research only, not for diagnosis.</p>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _header(rows: Sequence[Mapping[str, str]], failures: Sequence[Mapping[str, str]]) -> str:
+    facts = []
+    for versions, number in _versions(rows).items():
+        several = f" ({number} of {len(rows)} cases)" if number < len(rows) else ""
+        version, weights = versions[1:]
+        facts += [("version", f"{version}{several}"), ("weights", weights)]
+        if several:
+            facts[-2:-2] = [("bundle", versions[0])]
+    facts += [("cases", str(len(rows)))]
+    if any("trust" in row for row in rows):
+        facts += [("not to be believed", str(sum(map(_is_doubtful, rows))))]
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts)
+    failed = f'<a href="#failures">{len(failures)}</a>' if failures else "none on record"
+    return f"<h1>{_title(rows)}</h1>\n<dl>\n{items}<div><dt>failed</dt><dd>{failed}</dd></div>\n</dl>\n"
+
+
+def _summary(path: Path) -> str:
+    """The figures pooled over the cohort."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        pairs = [(name, "" if value is None else str(value)) for name, value in summary.items()]
+    except (OSError, ValueError, AttributeError) as error:
+        sys.exit(f"{path}: can't be read ({getattr(error, 'strerror', None) or error}); evaluate again")
+    if not pairs:
+        return ""
+    items = "".join(f"<div><dt>{_heading(n)}</dt><dd>{escape(_rounded(value) or '–')}</dd></div>\n" for n, value in pairs)
+    return f"<h2>Against the labels</h2>\n<dl>\n{items}</dl>\n"
+
+
+def _failures(failures: Sequence[Mapping[str, str]]) -> str:
+    if not failures:
+        return ""
+    lines = "".join(
+        f'<tr><th scope="row">{escape(row["case"])}</th><td class="reason">{escape(row.get("reason", ""))}</td></tr>\n'
+        for row in failures
+    )
+    return f"""<h2 id="failures">Cases that failed in the last run</h2>
+<div class="scroll">
+<table>
+<thead><tr><th scope="col">case</th><th scope="col">reason</th></tr></thead>
+<tbody>
+{lines}</tbody>
+</table>
+</div>
+"""
+
+
+def _cases(rows: Sequence[Mapping[str, str]], results_dir: Path, page_dir: Path) -> str:
+    """Histograms and table of the cases."""
+    if not rows:
+        return ""
+    left_out = VERSIONS if len(_versions(rows)) == 1 else ()  # they are in the header
+    columns = [name for name in rows[0] if name != "case" and name not in left_out]
+    numbers = [n for n in columns if all(r[n] in ("", "nan") or not math.isnan(_number(r[n])) for r in rows)]
+    headings = "".join(
+        f'<th scope="col"{" data-number" if name in numbers else ""}><button type="button">{_heading(name)}</button></th>'
+        for name in ("case", *columns)
+    )
+    pixels = max(MIN_PIXELS, PIXELS // len(rows))
+    lines = []
+    for row in tqdm(rows, desc="pictures", disable=None, leave=False):
+        cells = [_picture(row["case"], results_dir, page_dir, pixels), f'<th scope="row">{escape(row["case"])}</th>']
+        for name in columns:
+            text = escape(row[name]) if row[name] not in ("", "nan") else "–"
+            mark = '<span class="doubt">not to be believed</span>' if name == "trust" and _is_doubtful(row) else ""
+            cells.append(f"<td{' class=number' if name in numbers else ''}>{text}{mark}</td>")
+        lines.append(f"<tr{' class=doubtful' if _is_doubtful(row) else ''}>{''.join(cells)}</tr>\n")
+
+    volumes, trusts = ([v for row in rows if not math.isnan(v := _number(row.get(n, "")))] for n in ("finding_ml", "trust"))
+    figures, note = "", ""
+    if volumes:
+        edges = MaxNLocator(20).tick_values(0, max(volumes) or 1)
+        figures += _histogram("Volume of the finding", " ml", volumes, edges)
+    if trusts:
+        figures += _histogram("Trust", "", trusts, np.linspace(0, 1, 21), MIN_TRUST)
+        note = f'<p class="note">Where the trust is below {MIN_TRUST}, the mask is not to be believed.</p>\n'
+    return f"""<div class="figures">
+{figures}</div>
+<h2 id="table">Cases</h2>
+{note}<div class="controls"><label for="filter">Show cases with</label>
+<input id="filter" type="search" placeholder="part of a name"> <span id="count" role="status"></span></div>
+<div class="scroll" role="region" aria-labelledby="table" tabindex="0">
+<table id="cases">
+<thead><tr><th scope="col">picture</th>{headings}</tr></thead>
+<tbody>
+{"".join(lines)}</tbody>
+</table>
+</div>
+{DIALOG}"""
+
+
+def _picture(case: str, results_dir: Path, page_dir: Path, pixels: int) -> str:
+    """Cell with the overview picture of a case, of no more than a number of pixels."""
+    path = results_dir / case / f"{case}_overview.png"
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # none there, or a broken one
+        return '<td class="picture">–</td>'
+    scale = min(1.0, math.sqrt(pixels / (image.width * image.height)))
+    small = image.resize([max(1, round(scale * side)) for side in image.size], reducing_gap=2.0)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=60)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    original = quote(os.path.relpath(path, page_dir).replace(os.sep, "/"))
+    return (
+        f'<td class="picture"><button type="button" aria-label="Open the picture of {escape(case)}">'
+        f'<img alt="" width="{small.width}" height="{small.height}" loading="lazy" decoding="async" '
+        f'data-original="{original}" src="data:image/webp;base64,{data}"></button></td>'
+    )
+
+
+def _histogram(
+    heading: str, unit: str, values: Sequence[float], edges: Sequence[float], doubtful_below: float = -math.inf
+) -> str:
+    counts, _ = np.histogram(values, edges)
+    left, top, width, height = 34, 8, 340, 110
+    step = width / len(counts)
+    bars = ""
+    for i, count in enumerate(counts):
+        tall = height * count / max(counts.max(), 1)
+        marked = ' class="doubtful"' if edges[i] < doubtful_below else ""
+        bars += (
+            f'<rect{marked} x="{left + i * step:.1f}" y="{top + height - tall:.1f}" width="{step - 1:.1f}" '
+            f'height="{tall:.1f}"><title>{edges[i]:.4g} to {edges[i + 1]:.4g}{unit}: {count}</title></rect>\n'
+        )
+    middle = len(counts) // 2
+    ticks = "".join(
+        f'<text x="{left + i * step:.1f}" y="{top + height + 16}" text-anchor="{anchor}">{edges[i]:.4g}{unit}</text>\n'
+        for i, anchor in ((0, "start"), (middle, "middle"), (len(counts), "end"))
+    )
+    words = f"median {statistics.median(values):.4g}{unit}, from {min(values):.4g} to {max(values):.4g}{unit}"
+    return f"""<figure>
+<svg viewBox="0 0 380 136" role="img" aria-label="Histogram: {heading.lower()}, {words}">
+<line x1="{left}" y1="{top}" x2="{left + width}" y2="{top}"/><text x="{left - 5}" y="{top + 4}" \
+text-anchor="end">{counts.max()}</text>
+{bars}<line x1="{left}" y1="{top + height}" x2="{left + width}" y2="{top + height}"/>
+{ticks}</svg>
+<figcaption><b>{heading}</b>: {words}</figcaption>
+</figure>
+"""

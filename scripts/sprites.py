@@ -1,0 +1,298 @@
+"""How well models of healthy slices find anomalies where no labels exist: sprites painted into held-out healthy slices.
+
+Pinaya et al. 2022 (arXiv 2206.03461, section 3.1) measure on such slices; the figures here have the names of their table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.config import PathLike
+from monai.transforms.utils import get_largest_connected_component_mask
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scripts.datasets import SliceDataset
+from scripts.figures import contrast_figure, overview
+from scripts.files import written_aside
+from scripts.metrics import BinnedScores, dice
+from scripts.transforms import RandSprited, has_foreground
+
+__all__ = ["healthy_images", "paint_sprites", "sprite_scores", "sprite_table", "worst_cases"]
+
+logger = logging.getLogger(__name__)
+
+FOREGROUND_LEVEL = 0.15  # air in MedNIST's head CT is 0.1
+MAX_DRAWS = 10_000
+
+
+def healthy_images(dataset: SliceDataset, number: int | None = None) -> Tensor:
+    """Healthy slices of a data set that show something, evenly spaced over it.
+
+    Args:
+        dataset: slices in memory; those of class 0 are taken.
+        number: how many; None for all.
+
+    Returns:
+        (N, C, H, W), float32 in [0, 1]; at least 5 % of a slice's pixels are foreground.
+
+    Raises:
+        ValueError: if there are fewer than ``number``.
+    """
+    images = torch.stack([item["image"].float() for item in dataset.slices if item["class_label"] == 0])
+    images = images[has_foreground(images, FOREGROUND_LEVEL, share=0.05)]
+    if number is None:
+        return images
+    if number > len(images):
+        raise ValueError(f"{number} healthy slices are wanted, the data set has {len(images)}: ask for fewer")
+    return images[torch.linspace(0, len(images) - 1, number).round().long()]
+
+
+def paint_sprites(
+    images: Tensor,
+    seed: int = 0,
+    radius: Sequence[float] = (3, 9),
+    contrast: float | Sequence[float] = 0.2,
+    level: float = FOREGROUND_LEVEL,
+) -> tuple[Tensor, Tensor]:
+    """Paint one sprite into the head of each slice, see :class:`scripts.transforms.RandSprited`.
+
+    The head is the largest connected foreground: beside it, CT shows the holder that the head lies in.
+
+    Args:
+        images: slices (N, C, H, W) in [0, 1]; one without foreground stays as it is.
+        seed: the sprite of a slice depends on it and on the slice's number alone.
+        radius: least and largest radius in pixels.
+        contrast: least difference between the sprite's grey level and the mean of what it covers, in [0, 0.5]; or the
+            least and the largest, between which sprites are drawn again until theirs lies.
+        level: grey level above which a pixel is foreground.
+
+    Returns:
+        painted slices (N, C, H, W), float32, and the sprites' masks (N, 1, H, W), bool.
+
+    Raises:
+        ValueError: if the least contrast is not below the largest, or none of many sprites lies between them.
+    """
+    low, high = contrast if isinstance(contrast, Sequence) else (contrast, 1.0)
+    if not low < high:
+        raise ValueError(f"the least contrast must be below the largest, got {low} and {high}")
+    sprite = RandSprited(["head", "image"], "label", radius=tuple(radius), contrast=low, level=level)
+    images = images.float()
+    painted, masks = torch.empty_like(images), torch.empty_like(images[:, :1], dtype=torch.bool)
+    for i, image in enumerate(images):
+        sprite.set_random_state(seed=int(np.random.SeedSequence((seed, i)).generate_state(1)[0]))
+        head = image * get_largest_connected_component_mask((image > level).any(dim=0))
+        for _ in range(MAX_DRAWS):
+            item = sprite({"head": head, "image": image})
+            painted[i], masks[i] = item["image"], item["label"] > 0
+            change = (painted[i] - image)[:, masks[i, 0]]
+            if not change.numel() or change.mean(dim=1).abs().max() <= high:
+                break
+        else:
+            raise ValueError(f"no sprite of {MAX_DRAWS} has a contrast between {low} and {high}: set them further apart")
+    return painted, masks
+
+
+@torch.no_grad()
+def _run(network: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
+    """The network's output (N, C + 2, H, W) on the CPU, and the seconds a slice."""
+    network.eval()  # in training mode a codebook would go on learning
+    device = next(network.parameters()).device
+    begun = time.perf_counter()
+    batches = tqdm(images.split(batch_size), desc="slices", leave=False, disable=None)
+    output = torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
+    return output, (time.perf_counter() - begun) / len(images)
+
+
+def _pooled(maps: Tensor, masks: Tensor) -> BinnedScores:
+    scores = BinnedScores(value_range=(0.0, 1.0))
+    scores.add(maps, masks)
+    return scores
+
+
+def sprite_scores(
+    network: nn.Module, healthy: Tensor, painted: Tensor, masks: Tensor, batch_size: int = 8
+) -> dict[str, float]:
+    """How well a network finds painted sprites, and tells painted slices from healthy ones.
+
+    Args:
+        network: takes slices (B, C, H, W) in [0, 1] to (B, C + 2, H, W): the map, the healed slice and the abnormality.
+        healthy: slices (M, C, H, W) without sprites, of other images than the painted.
+        painted: slices (N, C, H, W) with a sprite each.
+        masks: the sprites (N, 1, H, W).
+        batch_size: slices in a call of the network.
+
+    Returns:
+        of the map, over all pixels of the painted slices together, ``best_dice`` (largest Dice of all thresholds, ⌈DICE⌉ in
+        the paper), ``best_threshold``, ``auprc`` and ``auroc``; of the abnormality, painted against healthy slices,
+        ``image_auroc`` and ``image_auprc``; and ``seconds`` a painted slice, without the network's set-up.
+
+    Raises:
+        ValueError: if there is no healthy or no painted slice.
+    """
+    if not len(healthy) or not len(painted):
+        raise ValueError(f"healthy and painted slices are needed, got {len(healthy)} and {len(painted)}")
+    _run(network, painted[:1], batch_size)  # the first call pays for set-up
+    output, seconds = _run(network, painted, batch_size)
+    pixels = _pooled(output[:, :1], masks)
+    best_dice, best_threshold = pixels.best_dice()
+
+    abnormality = torch.cat([output, _run(network, healthy, batch_size)[0]])[:, -1].flatten(1).amax(dim=1)
+    is_painted = torch.arange(len(abnormality)) < len(painted)
+    return {
+        "best_dice": best_dice,
+        "best_threshold": best_threshold,
+        "auprc": pixels.auprc(),
+        "auroc": pixels.auroc(),
+        "image_auroc": float(roc_auc_score(is_painted, abnormality)),
+        "image_auprc": float(average_precision_score(is_painted, abnormality)),
+        "seconds": seconds,
+    }
+
+
+def sprite_table(
+    networks: Mapping[str, nn.Module],
+    images: Tensor,
+    output_dir: PathLike,
+    seeds: Sequence[int] = (0, 1, 2),
+    radius: Sequence[float] = (3, 9),
+    contrast: float | Sequence[float] = 0.2,
+    batch_size: int = 8,
+    contrasts: Sequence[float] | None = None,
+    contrast_width: float = 0.05,
+    curve_of: Sequence[str] | None = None,
+    worst_of: str | None = None,
+    num_worst: int = 5,
+) -> list[dict]:
+    """Compare networks on the same sprites: print a Markdown table, and write the figures it is made of.
+
+    The first half of the slices is painted, the second half stays healthy. Files of ``output_dir``:
+
+    - ``metrics.csv``: a row a network and seed, with the figures of :func:`sprite_scores`;
+    - ``metrics_summary.json``: network, figure, ``mean`` and ``std`` over the seeds;
+    - ``contrast.csv``, ``contrast.png``: ⌈DICE⌉ over the contrast of the sprites, if ``contrasts`` are given;
+    - ``worst_cases.png``: see :func:`worst_cases`, if ``worst_of`` is given.
+
+    Args:
+        networks: names and networks, see :func:`sprite_scores`.
+        images: healthy slices (N, C, H, W) in [0, 1], see :func:`healthy_images`; those without foreground are left out.
+        output_dir: folder of the files, made if it is missing.
+        seeds: seeds of the sprites.
+        radius: see :func:`paint_sprites`.
+        contrast: see there.
+        batch_size: slices in a call of a network.
+        contrasts: least contrasts of the curve, in [0, 0.5].
+        contrast_width: the largest contrast of each of its points is this much larger than the least.
+        curve_of: names of the networks with a curve; None for all. Curves and worst cases are of the first seed.
+        worst_of: name of the network whose worst cases are drawn.
+        num_worst: how many.
+
+    Returns:
+        the rows of ``metrics.csv``.
+
+    Raises:
+        ValueError: for the name of an unknown network, or fewer than two slices with foreground.
+    """
+    curve_of = list(networks) if curve_of is None else curve_of
+    for name in (*curve_of, *([worst_of] if worst_of else [])):
+        if name not in networks:
+            raise ValueError(f"unknown network '{name}': choose among {', '.join(networks)}")
+    images = images[has_foreground(images, FOREGROUND_LEVEL, share=0.01)]
+    half = len(images) // 2
+    to_paint, healthy = images[:half], images[half:]
+    folder = Path(output_dir)
+
+    sprites = {seed: paint_sprites(to_paint, seed, radius, contrast) for seed in seeds}
+    rows = []
+    for name, network in networks.items():
+        for seed, (painted, masks) in sprites.items():
+            scores = sprite_scores(network, healthy, painted, masks, batch_size)
+            rows.append({"method": name, "seed": seed, **scores})
+            logger.info(f"{name}, sprites {seed}: ⌈DICE⌉ {scores['best_dice']:.3f}, {scores['seconds']:.2f} s a slice")
+    _write_rows(folder / "metrics.csv", rows)
+
+    summary = {name: _mean_and_std([row for row in rows if row["method"] == name]) for name in networks}
+    with written_aside(folder / "metrics_summary.json") as aside:
+        aside.write_text(json.dumps(summary, indent=4) + "\n", encoding="utf-8")
+    logger.info(f"{half} painted and {len(healthy)} healthy slices, {len(seeds)} set(s) of sprites\n{_markdown(summary)}")
+
+    if contrasts:
+        points = []
+        for least in contrasts:
+            painted, masks = paint_sprites(to_paint, seeds[0], radius, (least, least + contrast_width))
+            for name in curve_of:
+                maps = _run(networks[name], painted, batch_size)[0][:, :1]
+                points.append({"method": name, "contrast": least, "best_dice": _pooled(maps, masks).best_dice()[0]})
+        _write_rows(folder / "contrast.csv", points)
+        with written_aside(folder / "contrast.png") as aside:
+            contrast_figure(aside, points)
+    if worst_of:
+        with written_aside(folder / "worst_cases.png") as aside:
+            worst_cases(aside, networks[worst_of], *sprites[seeds[0]], num_worst, batch_size)
+    return rows
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with written_aside(path) as aside:
+        aside.write_text(table.getvalue(), encoding="utf-8")
+
+
+def _mean_and_std(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    values = {key: [row[key] for row in rows] for key in rows[0] if key not in ("method", "seed")}
+    return {key: {"mean": float(np.mean(v)), "std": float(np.std(v))} for key, v in values.items()}
+
+
+def _markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    columns = {
+        "best_dice": "⌈DICE⌉",
+        "auprc": "AUPRC",
+        "auroc": "AUROC",
+        "image_auroc": "image AUROC",
+        "image_auprc": "image AUPRC",
+        "seconds": "s a slice",
+    }
+    lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in summary.items():
+        cells = [f"{figures[key]['mean']:.3f} ± {figures[key]['std']:.3f}" for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def worst_cases(
+    path: PathLike, network: nn.Module, painted: Tensor, masks: Tensor, number: int = 5, batch_size: int = 8
+) -> list[int]:
+    """Draw the painted slices of lowest Dice as PNG, the worst at the top: input, healed slice, map, mask and sprite.
+
+    Args:
+        path: file to write.
+        network: see :func:`sprite_scores`.
+        painted: slices (N, C, H, W), whose axes run to the patient's left and back, as in MedNIST.
+        masks: the sprites (N, 1, H, W).
+        number: largest number of slices.
+        batch_size: slices in a call of the network.
+
+    Returns:
+        the slices' numbers, in the order of the rows.
+    """
+    output, _ = _run(network, painted, batch_size)
+    _, threshold = _pooled(output[:, :1], masks).best_dice()
+    found = output[:, :1] > threshold
+    dices = [dice(pred, mask) for pred, mask in zip(found, masks, strict=True)]
+    worst = np.argsort(dices, kind="stable")[:number].tolist()
+    # the slices as those of a volume, whose second axis overview draws upwards
+    volumes = [x.float().movedim(0, -1).flip(2) for x in (painted, output[:, 1:-1], output[:, :1], found, masks)]
+    overview(path, *volumes, columns=("input", "healed", "anomaly map", "mask"), slices=worst)
+    return worst

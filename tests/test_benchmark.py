@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_patient
+from PIL import Image
+from torch import nn
+
+from scripts import benchmark
+from scripts.networks.ddim_anomaly import DDIMAnomalyNet
+
+
+class Stub(nn.Module):
+    """The map is what a slice differs by from grey 0.5 inside the head."""
+
+    published = {"num_steps": 7}
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.sizes = []
+
+    @torch.no_grad()
+    def forward(self, image):
+        self.sizes.append(len(image))
+        healed = torch.where(image > 0.15, 0.5, image)
+        anomaly = self.gain * (image - healed).abs().mean(dim=1, keepdim=True)
+        return torch.cat([anomaly, healed, anomaly.flatten(1).mean(dim=1).view(-1, 1, 1, 1).expand_as(anomaly)], dim=1)
+
+
+@pytest.fixture
+def picture_bundle(tmp_path):
+    """A bundle that reads pictures, of which there are 36, and is measured on sprites."""
+    (tmp_path / "HeadCT").mkdir()
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    for i in range(36):
+        head = np.where((x / 0.7) ** 2 + (y / 0.8) ** 2 < 1, 120 + i, 20).astype(np.uint8)
+        Image.fromarray(head).save(tmp_path / "HeadCT" / f"{i:06}.png")
+    train = {
+        "dataset_dir": "nowhere",
+        "validate_section": "validation",
+        "validate": {
+            "dataset": {
+                "_target_": "scripts.datasets.SliceDataset",
+                "data": {
+                    "_target_": "scripts.datasets.find_cases",
+                    "dataset_dir": "@dataset_dir",
+                    "sequences": ["ct"],
+                    "section": "@validate_section",
+                    "pictures": True,
+                },
+                "transform": {
+                    "_target_": "Compose",
+                    "transforms": [
+                        {
+                            "_target_": "scripts.transforms.LoadSequencesd",
+                            "keys": "image",
+                            "sequences": ["ct"],
+                            "min_ndim": 2,
+                        },
+                        {
+                            "_target_": "ScaleIntensityRanged",
+                            "keys": "image",
+                            "a_min": 0,
+                            "a_max": 255,
+                            "b_min": 0,
+                            "b_max": 1,
+                        },
+                        {"_target_": "scripts.transforms.ExtractSlicesd", "labelled": False},
+                    ],
+                },
+                "classes": [0],
+            }
+        },
+    }
+    bundle = tmp_path / "bundle"
+    (bundle / "configs").mkdir(parents=True)
+    (bundle / "configs" / "train.json").write_text(json.dumps(train))
+    (bundle / "configs" / "inference.json").write_text(json.dumps({"batch_size": 8}))
+    (bundle / "configs" / "evaluate.json").write_text(json.dumps({"sprites": {"radius": [4, 6], "contrast": 0.25}}))
+    return SimpleNamespace(path=bundle, data=str(tmp_path / "HeadCT"))
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What networks were asked for: their settings, and themselves."""
+    networks = []
+
+    def build_network(bundle, **settings):
+        networks.append((settings, Stub().eval()))
+        return networks[-1][1]
+
+    monkeypatch.setattr(benchmark, "build_network", build_network)
+    return networks
+
+
+def test_healthy_slices_are_those_of_the_section_that_the_bundle_reads(picture_bundle):
+    validation = benchmark.healthy_slices(picture_bundle.path, picture_bundle.data, "validation")
+    greys = (255 * validation.amax(dim=(1, 2, 3))).round().int() - 120
+    assert validation.shape == (2, 1, 64, 64) and sorted(greys.tolist()) == [32, 33]
+    everything = benchmark.healthy_slices(picture_bundle.path, picture_bundle.data, "all", 8)
+    greys = (255 * everything.amax(dim=(1, 2, 3))).round().int() - 120
+    assert greys.tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+def test_slices_of_a_bundle_without_labels_are_half_painted_and_half_healthy(picture_bundle):
+    images, masks = benchmark.drawn_slices(picture_bundle.path, picture_bundle.data, 7, "all")
+    healthy = benchmark.healthy_slices(picture_bundle.path, picture_bundle.data, "all", 7)
+    assert images.shape == (7, 1, 64, 64) and masks.shape == (7, 1, 64, 64)
+    assert masks.flatten(1).any(dim=1).tolist() == [True] * 3 + [False] * 4
+    assert torch.equal(images[~masks], healthy[~masks]) and (images[masks] != healthy[masks]).all()
+    again = benchmark.drawn_slices(picture_bundle.path, picture_bundle.data, 7, "all")
+    assert torch.equal(again[0], images) and torch.equal(again[1], masks)
+
+
+def test_slices_of_a_bundle_with_labels_are_half_diseased_and_half_healthy(bundle, tmp_path):
+    save_patient(tmp_path, "p1", num_slices=6)
+    images, masks = benchmark.drawn_slices(bundle, str(tmp_path), 4, "all")
+    assert images.shape == (4, 3, 128, 128)
+    assert masks.flatten(1).any(dim=1).tolist() == [True, True, False, False]
+
+
+def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_default(picture_bundle, built, caplog):
+    with caplog.at_level(logging.INFO, logger="scripts.benchmark"):
+        rows = benchmark.benchmark(picture_bundle.path, picture_bundle.data, 12, "all")
+    (default_settings, default), (published_settings, published) = built
+    assert default_settings == {} and published_settings == {"num_steps": 7}
+    assert default.sizes == [1, 8, 4] and published.sizes == [1] * 12
+    assert list(rows) == ["default", "published"] and rows["default"]["best_dice"] == rows["published"]["best_dice"]
+    assert rows["default"]["best_dice"] > 0.5
+    assert all(text in caplog.text for text in ("published: num_steps 7", "slices/min", "times faster"))
+
+
+def test_the_published_procedure_of_guided_ddim_takes_every_level_by_single_steps():
+    network = DDIMAnomalyNet(
+        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0, amp=True
+    )
+    published = DDIMAnomalyNet(
+        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, **network.published
+    )
+    assert published._levels() == list(range(21))
+    assert (published.solver, published.guidance_steps, published.smoothing, published.amp) == ("ddim", 0, 0.0, False)

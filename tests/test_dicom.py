@@ -1,0 +1,364 @@
+"""DICOM series of known geometry in, segmentation objects out, compared in the patient's coordinates."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import highdicom as hd
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+from conftest import make_head, rows_of, run
+from monai.data import MetaTensor
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from scipy.spatial.transform import Rotation
+
+import scripts.dicom
+from scripts.datasets import find_cases
+from scripts.dicom import read_series, series_affine, write_segmentation
+from scripts.transforms import LoadSequencesd
+
+OBLIQUE = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix()  # columns: along a row, a column, the normal
+ROW_SPACING, COLUMN_SPACING, STEP, ORIGIN = 0.9, 0.7, 2.5, np.array([-11.0, -22.0, 33.0])
+NAMES = ["IM00012", "c.dcm", "1.2.840.99", "A.DCM", "b"]  # the first slice has none of the first names
+MADE_BY = {"bundle": "a_bundle", "version": "1.2.3", "weights": "abc"}
+
+
+def save_series(folder, voxels=None, axes=OBLIQUE, heights=None, names=NAMES, series="1", shift=(0, 0, 0), **attributes):
+    """A CT series of 64 columns and 48 rows, or of the given voxels (columns, rows, slices), with slices at the heights.
+
+    ``shift`` moves every slice against the one below, in mm. Attributes of the value None are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    voxels = np.random.default_rng(0).integers(0, 900, (64, 48, 5)) if voxels is None else voxels
+    heights = STEP * np.arange(voxels.shape[2]) if heights is None else heights
+    for k, (height, name) in enumerate(zip(heights, names, strict=False)):
+        header = pydicom.Dataset()
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.SOPClassUID, header.Modality = CTImageStorage, "CT"
+        header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID, header.SOPInstanceUID = (
+            generate_uid(entropy_srcs=[x]) for x in ("study", f"series {series}", "frame", f"{series} {name}")
+        )
+        header.PatientID, header.PatientName, header.PatientSex, header.PatientBirthDate = "7", "Doe^Jane", "F", "19700203"
+        header.StudyID, header.StudyDate, header.StudyTime, header.AccessionNumber = "1", "20200102", "030405", "9"
+        header.Manufacturer, header.ManufacturerModelName = "Acme", "Scanner"
+        header.SeriesDate, header.SeriesTime, header.SeriesNumber, header.InstanceNumber = "20200102", "030500", 3, 99 - k
+        position = ORIGIN + height * axes[:, 2] + k * np.array(shift)
+        header.ImagePositionPatient = [f"{x:.6f}" for x in position]
+        header.ImageOrientationPatient = [f"{x:.9f}" for x in axes[:, :2].T.flatten()]
+        header.PixelSpacing, header.SliceThickness = [ROW_SPACING, COLUMN_SPACING], STEP
+        header.Columns, header.Rows, header.SamplesPerPixel = *voxels.shape[:2], 1
+        header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 1
+        header.PhotometricInterpretation, header.RescaleIntercept, header.RescaleSlope = "MONOCHROME2", 0, 1
+        header.PixelData = voxels[..., k].T.astype(np.int16).tobytes()
+        for keyword, value in attributes.items():
+            setattr(header, keyword, value)
+            if value is None:
+                delattr(header, keyword)
+        header.save_as(folder / name, enforce_file_format=True)
+    return folder
+
+
+def load(folder):
+    return LoadSequencesd("image", ["ct"])({"image": str(folder)})["image"]
+
+
+def blob(image, labels=1):
+    """A mask on an image's grid that no flip and no change of axes maps onto itself, with an empty slice."""
+    mask = torch.zeros(image.shape, dtype=torch.uint8)
+    mask[0, 40:60, 5:12, 1] = 1
+    mask[0, 41:45, 5:30, 2:4] = labels
+    return MetaTensor(mask, image.affine)
+
+
+def places_in(path):
+    """What a viewer makes of a segmentation: UID of the source slice, label and position (LPS) of every voxel in it."""
+    seg = pydicom.dcmread(path)
+    shared, frames = seg.SharedFunctionalGroupsSequence[0], seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
+    orientation = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=float)
+    row_spacing, column_spacing = shared.PixelMeasuresSequence[0].PixelSpacing
+    places = []
+    for frame, group in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        (source,) = group.DerivationImageSequence[0].SourceImageSequence
+        label = (group if "SegmentIdentificationSequence" in group else shared).SegmentIdentificationSequence[0]
+        start = np.array(group.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+        for r, c in np.argwhere(frame):
+            place = start + c * column_spacing * orientation[:3] + r * row_spacing * orientation[3:]
+            places.append((source.ReferencedSOPInstanceUID, label.ReferencedSegmentNumber, *place.round(2) + 0.0))
+    return sorted(places)
+
+
+def places_of(mask, folder, names=NAMES, axes=OBLIQUE):
+    """The same from the mask's voxels, by the numbers that the series was made with; ``names`` in the order of slices."""
+    places = []
+    for c, r, k in np.argwhere(mask[0].numpy()):
+        header = pydicom.dcmread(folder / names[k])
+        start = np.array(header.ImagePositionPatient, dtype=float)
+        place = start + c * COLUMN_SPACING * axes[:, 0] + r * ROW_SPACING * axes[:, 1]
+        places.append((header.SOPInstanceUID, int(mask[0, c, r, k]), *place.round(2) + 0.0))
+    return sorted(places)
+
+
+def same_places(one, two):
+    assert [place[:2] for place in one] == [place[:2] for place in two]
+    np.testing.assert_allclose([place[2:] for place in one], [place[2:] for place in two], atol=0.011)
+
+
+# --- reading
+
+
+def test_the_affine_of_an_oblique_series_is_that_of_its_headers_and_its_voxels_lie_in_order(tmp_path):
+    voxels = np.random.default_rng(1).integers(-1000, 900, (64, 48, 5))
+    image = load(save_series(tmp_path, voxels))
+    np.testing.assert_array_equal(image[0].numpy(), voxels)
+    expected = np.eye(4)
+    expected[:3, :3] = OBLIQUE * (COLUMN_SPACING, ROW_SPACING, STEP)
+    expected[:3, 3] = ORIGIN
+    expected[:2] *= -1  # LPS to RAS
+    np.testing.assert_allclose(image.affine, expected, atol=1e-5)
+    np.testing.assert_allclose(series_affine(read_series(tmp_path)), expected, atol=1e-5)
+    assert [Path(header.filename).name for header in read_series(tmp_path)] == NAMES
+    assert image.meta["filename_or_obj"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heights": [0, 2.5, 5, 10, 12.5]},
+        {"heights": [8, 6, 4, 2, 0]},
+        {"shift": (0.0, 0.4, 0.1)},
+        {"voxels": np.arange(64 * 48).reshape(64, 48, 1)},
+    ],
+    ids=["missing slice", "downwards", "tilted", "one slice"],
+)
+def test_our_affine_is_the_one_of_itk(tmp_path, change):
+    folder = save_series(tmp_path, **change)
+    np.testing.assert_allclose(series_affine(read_series(folder)), load(folder).affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["IM1", "IM2"], ["1.2.3", "1.2.4"], ["1.DCM", "2.DCM"], ["a.dcm", "b.dcm"]])
+def test_a_series_is_found_whatever_its_files_are_called(tmp_path, names):
+    series = save_series(tmp_path / "series", names=names)
+    (tmp_path / "other").mkdir()
+    for folder in (tmp_path, tmp_path / "other"):  # an index of the folder is no image
+        (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "other" / "notes").write_text("no images here")
+    for folder in (tmp_path, series):
+        assert find_cases(folder, ["ct"]) == [{"case": "series", "image": str(series)}]
+
+
+def two_series(folder):
+    save_series(folder)
+    return save_series(folder, axes=np.roll(OBLIQUE, 1, axis=1), names=["localizer"], series="2")
+
+
+def localizer_of_the_same_series(folder):
+    save_series(folder)
+    return save_series(folder, axes=np.roll(OBLIQUE, 1, axis=1), names=["localizer"])
+
+
+def two_thicknesses(folder):
+    save_series(folder)
+    return save_series(folder, heights=[40, 45], names=["thick1", "thick2"], SliceThickness=5)
+
+
+def without_geometry(folder):
+    return save_series(folder, ImagePositionPatient=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "mend"),
+    [
+        (two_series, r"2 series, or .*1 like localizer.*, of which one alone would be read; give each a folder of its own"),
+        (two_thicknesses, "slice thicknesses.*2 like thick1.*give each a folder of its own"),
+        (localizer_of_the_same_series, "localizer lie in different planes; .* a folder of their own"),
+        (lambda f: save_series(f, heights=[0, 1, 1, 2, 3]), "lie at the same position; remove copies"),
+        (without_geometry, "no ImagePositionPatient; export the series again"),
+    ],
+    ids=["two series", "two thicknesses", "localizer", "two slices at one position", "no position"],
+)
+def test_what_is_not_one_series_is_told_in_one_line_with_the_mend(tmp_path, make, mend):
+    with pytest.raises(ValueError, match=mend) as error:
+        load(make(tmp_path))
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_monai_does_not_complain_about_a_decoder_that_nobody_asked_for(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        load(save_series(tmp_path))
+    assert "nvImageCodec" not in caplog.text
+
+
+# --- write_segmentation
+
+
+def test_every_voxel_of_the_mask_lies_at_its_place_in_the_patient_and_on_its_slice(tmp_path):
+    folder = save_series(tmp_path / "series")
+    mask = blob(load(folder))
+    write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
+    same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
+    assert len(places_of(mask, folder)) == mask.sum() == 20 * 7 + 2 * 4 * 25
+
+    seg = hd.seg.segread(tmp_path / "seg.dcm")  # a reader that finds the frames by the slices they refer to
+    sources = [pydicom.dcmread(folder / name).SOPInstanceUID for name in NAMES]
+    frames = seg.get_pixels_by_source_instance(sources, assert_missing_frames_are_empty=True)
+    np.testing.assert_array_equal(frames[..., 0].T, mask[0])
+    assert len(seg.PerFrameFunctionalGroupsSequence) == 3  # of 5 slices: those without a finding are left out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seg.dcm", "series"]
+
+
+def test_the_object_says_what_it_shows_who_made_it_and_whose_it_is(tmp_path):
+    folder = save_series(tmp_path / "series")
+    write_segmentation(tmp_path / "seg.dcm", folder, blob(load(folder), 2), ["lesion", "anomaly"], **MADE_BY)
+    seg, source = pydicom.dcmread(tmp_path / "seg.dcm"), pydicom.dcmread(folder / "b")
+    assert (seg.Modality, seg.SegmentationType, seg.SOPClassUID.name) == ("SEG", "BINARY", "Segmentation Storage")
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert seg[keyword].value == source[keyword].value
+    assert seg.SeriesInstanceUID != source.SeriesInstanceUID == seg.ReferencedSeriesSequence[0].SeriesInstanceUID
+    assert (seg.ManufacturerModelName, seg.SoftwareVersions, seg.DeviceSerialNumber) == tuple(MADE_BY.values())
+    assert [(s.SegmentNumber, s.SegmentLabel) for s in seg.SegmentSequence] == [(1, "lesion"), (2, "anomaly")]
+    for segment, kind in zip(seg.SegmentSequence, ("52988006", "49755003"), strict=True):
+        assert segment.SegmentAlgorithmType == "AUTOMATIC" and segment.SegmentAlgorithmName == "a_bundle"
+        assert segment.SegmentedPropertyCategoryCodeSequence[0].CodeValue == "49755003"
+        assert segment.SegmentedPropertyTypeCodeSequence[0].CodeValue == kind
+        (algorithm,) = segment.SegmentationAlgorithmIdentificationSequence
+        assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("a_bundle", "1.2.3")
+    same_places(places_in(tmp_path / "seg.dcm"), places_of(blob(load(folder), 2), folder))
+
+
+def test_an_empty_mask_has_a_frame_for_every_slice(tmp_path):
+    folder = save_series(tmp_path / "series")
+    mask = blob(load(folder)) * 0
+    write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.NumberOfFrames == 5 and not seg.pixel_array.any()
+
+
+def test_the_same_mask_gives_the_same_bytes_and_anything_else_another_object(tmp_path):
+    folder = save_series(tmp_path / "series")
+    mask = blob(load(folder))
+    made = {
+        "one": (mask, MADE_BY),
+        "same": (mask, MADE_BY),
+        "mask": (mask * 0, MADE_BY),
+        "version": (mask, {**MADE_BY, "version": "1.2.4"}),
+        "weights": (mask, {**MADE_BY, "weights": "abd"}),
+    }
+    for name, (of, by) in made.items():
+        write_segmentation(tmp_path / name, folder, of, ["lesion"], **by)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
+    objects = [pydicom.dcmread(tmp_path / name) for name in made]
+    assert len({seg.SOPInstanceUID for seg in objects}) == len({seg.SeriesInstanceUID for seg in objects}) == 4
+    assert all(seg.SOPInstanceUID != seg.SeriesInstanceUID for seg in objects)
+    assert (objects[0].ContentDate, objects[0].ContentTime) == ("20200102", "030500")
+
+
+def test_a_series_without_the_patients_attributes_gets_an_object_with_empty_ones(tmp_path):
+    left_out = (*scripts.dicom.MAY_BE_EMPTY, "SeriesDate", "SeriesTime", "SeriesNumber")
+    folder = save_series(tmp_path / "series", **dict.fromkeys(left_out))
+    mask = blob(load(folder))
+    write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert not any(seg.get(keyword) for keyword in scripts.dicom.MAY_BE_EMPTY) and seg.ContentDate == "19000101"
+    same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("ISO_IR 100", "Müller^Jörg"), (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎")]
+)
+def test_the_patients_name_keeps_its_letters(tmp_path, encoding, name):
+    folder = save_series(tmp_path / "series", SpecificCharacterSet=encoding, PatientName=name)
+    write_segmentation(tmp_path / "seg.dcm", folder, blob(load(folder)), ["lesion"], **MADE_BY)
+    assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == name
+
+
+@pytest.mark.parametrize(
+    ("change", "off"),
+    [({"heights": [0, 2.5, 5, 10, 12.5]}, 1.25), ({"shift": (0.0, 0.4, 0.1)}, 1.5)],
+    ids=["missing slice", "tilted"],
+)
+def test_slices_that_are_not_evenly_spaced_keep_their_own_places_and_a_warning_tells(tmp_path, caplog, change, off):
+    folder = save_series(tmp_path / "series", **change)
+    mask = blob(load(folder))
+    write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
+    same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
+    (record,) = [r for r in caplog.records if r.name == "scripts.dicom"]
+    assert record.message.startswith(f"{folder}: a slice is missing, or the slices are unevenly spaced or tilted: up to")
+    assert float(record.message.split("up to ")[1].split(" mm")[0]) == pytest.approx(off, abs=0.06)
+
+
+def test_a_single_slice_is_a_series_too(tmp_path):
+    folder = save_series(tmp_path / "series", np.arange(64 * 48).reshape(64, 48, 1))
+    mask = MetaTensor(torch.ones(1, 64, 48, 1, dtype=torch.uint8), load(folder).affine)
+    write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
+    same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
+
+
+def moved(mask):
+    affine = mask.affine.clone()
+    affine[:3, 3] += 0.2
+    return MetaTensor(mask.as_tensor(), affine)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "change", "mend"),
+    [
+        ({"FrameOfReferenceUID": None}, lambda m: m, "no FrameOfReferenceUID; export the series again"),
+        ({}, moved, "another affine; invert the preprocessing first"),
+        ({}, lambda m: m[:, :, :-1], "isn't on the grid of the series, .*invert the preprocessing first"),
+        ({}, lambda m: m * 2, r"the mask has the label 2, which none of \['lesion'\] names"),
+    ],
+    ids=["no frame of reference", "moved", "cropped", "unknown label"],
+)
+def test_a_mask_that_does_not_belong_to_the_series_is_refused_and_nothing_is_written(tmp_path, attributes, change, mend):
+    folder = save_series(tmp_path / "series", **attributes)
+    with pytest.raises(ValueError, match=mend) as error:
+        write_segmentation(tmp_path / "seg.dcm", folder, change(blob(load(folder))), ["lesion"], **MADE_BY)
+    assert "\n" not in str(error.value) and not (tmp_path / "seg.dcm").exists()
+
+
+def test_a_multi_frame_object_is_refused_with_the_mend(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 900, (64, 48 * 3, 1))
+    folder = save_series(tmp_path / "series", voxels, Rows=48, NumberOfFrames=3)
+    mask = MetaTensor(torch.ones(1, 64, 48, 3, dtype=torch.uint8), np.eye(4))
+    with pytest.raises(ValueError, match="IM00012: several frames in one .* object; convert it to one file a slice"):
+        write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
+
+
+def test_the_module_can_be_imported_where_highdicom_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    spec = importlib.util.spec_from_file_location("dicom_without_highdicom", scripts.dicom.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(ImportError, match="highdicom"):
+        _ = module.hd.seg
+
+
+# --- the bundle as a user runs it
+
+
+def test_a_bundle_writes_the_mask_of_a_dicom_series_as_nifti_and_as_a_segmentation_object(bundle, tmp_path):
+    scan, _ = make_head(num_slices=2)
+    folder = save_series(tmp_path / "scans" / "patient", scan[..., 1], SOPClassUID=MRImageStorage, Modality="MR")
+    settings = ("--num_steps", 1, "--guidance_steps", 1, "--min_threshold", 0, "--min_volume", 0)  # a mask in any case
+    paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "output")
+    done = run(bundle, "configs/inference.json", *paths, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "nvImageCodec" not in done.stdout + done.stderr
+    case = tmp_path / "output" / "patient"
+    endings = ("healthy.nii.gz", "map.nii.gz", "overview.png", "seg.dcm", "seg.nii.gz")
+    assert sorted(path.name for path in case.iterdir()) == [f"patient_{ending}" for ending in endings]
+    assert [row["case"] for row in rows_of(tmp_path / "output" / "results.csv")] == ["patient"]
+
+    mask = nib.load(case / "patient_seg.nii.gz")
+    np.testing.assert_allclose(mask.affine, load(folder).affine, atol=1e-4)
+    voxels = np.asarray(mask.dataobj)
+    assert voxels.shape == (128, 128, 2) and 0 < voxels.sum() < voxels.size
+    same_places(places_in(case / "patient_seg.dcm"), places_of(torch.from_numpy(voxels)[None], folder))
+    assert pydicom.dcmread(case / "patient_seg.dcm").SegmentSequence[0].SegmentLabel == "lesion"

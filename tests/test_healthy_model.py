@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from monai.inferers import SliceInferer
+from monai.networks.layers import GaussianFilter
+from torch import nn
+
+from scripts.networks.healthy_model import HealthyModel, QuantisedModel
+
+SIZE = (32, 32)
+
+
+class Grey(HealthyModel):
+    """A model to which grey is health: unlikeness is the distance from 0.5, in places of 4 x 4 pixels."""
+
+    def unlikeness(self, image):
+        return nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
+
+    def heal(self, image, mask):
+        return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), 0.5, image)
+
+
+def model(in_channels=1, threshold=0.3, **kwargs):
+    """A model whose threshold is ``threshold`` and whose most unlike healthy slice scores 0.2."""
+    net = Grey(in_channels, SIZE, **{"min_foreground": 0.0, **kwargs}).eval()
+    net.healthy_places.fill_(threshold)
+    net.healthy_scores.fill_(0.2)
+    return net
+
+
+def images(count=2, channels=1, seed=0):
+    """Grey slices with noise, and a black place of 8 x 8 pixels in the middle."""
+    image = 0.5 + 0.1 * torch.rand(count, channels, *SIZE, generator=torch.Generator().manual_seed(seed))
+    image[:, :, 12:20, 12:20] = 0
+    return image
+
+
+def quantised(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    settings = {"spatial_size": SIZE, "channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4, "min_foreground": 0.0}
+    return QuantisedModel(**{**settings, **kwargs})
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- what comes out
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_the_channels_are_the_map_the_healed_sequences_and_the_abnormality(in_channels):
+    net, image = model(in_channels, smoothing=0.0), images(channels=in_channels)
+    output = net(image)
+    assert output.shape == (2, in_channels + 2, *SIZE)
+    middle = torch.zeros(2, 1, *SIZE, dtype=torch.bool)
+    middle[:, :, 12:20, 12:20] = True
+    assert torch.equal(output[:, 1:-1], torch.where(middle, 0.5, image))
+    assert torch.equal(output[:, :1], 0.5 * middle)
+    torch.testing.assert_close(output[:, -1], torch.full((2, *SIZE), 0.5 / (0.5 + 0.2)))
+
+
+def test_the_map_is_the_mean_over_the_sequences():
+    net, image = model(2, smoothing=0.0, threshold=0.1), images(channels=2)
+    image[:, 1] = 0.5
+    torch.testing.assert_close(net(image)[0, 0, 12:20, 12:20], torch.full((8, 8), 0.25))
+
+
+def test_the_map_is_multiplied_with_the_smoothed_mask_if_asked():
+    image = images()
+    plain, masked = model(masked_map=False, heal_all=True)(image), model(heal_all=True)(image)
+    mask = torch.zeros(2, 1, *SIZE)
+    mask[:, :, 12:20, 12:20] = 1
+    torch.testing.assert_close(plain[:, :1], (image - 0.5).abs())
+    torch.testing.assert_close(masked[:, :1], plain[:, :1] * GaussianFilter(2, sigma=1.0)(mask))
+    assert torch.equal(masked[:, 1:], plain[:, 1:])
+
+
+def test_healing_all_heals_what_is_not_unlike_too():
+    image = images()
+    assert torch.equal(model(heal_all=True)(image)[:, 1:2], torch.full_like(image, 0.5))
+    assert torch.equal(model(threshold=1.0)(image)[:, 1:2], image)
+
+
+def test_what_the_model_can_not_restore_does_not_count_if_the_residual_is_of_both():
+    class Coarse(Grey):
+        """Grey, but of the left half it can restore nothing but grey."""
+
+        def restore(self, image):
+            return torch.cat([torch.full_like(image[..., :16], 0.5), image[..., 16:]], dim=-1)
+
+    image = images()
+    nets = [
+        Coarse(1, SIZE, min_foreground=0.0, masked_map=False, heal_all=True, residual=r).eval() for r in ("image", "both")
+    ]
+    plain, both = (net(image)[:, :1] for net in nets)
+    torch.testing.assert_close(plain, (image - 0.5).abs())
+    assert not both[..., :16].any() and torch.equal(both[..., 16:], plain[..., 16:])
+
+
+def test_a_model_without_loss_gives_the_same_residual_of_both():
+    image = images()
+    assert torch.equal(model(residual="both")(image), model(residual="image")(image))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1.0, 3.0])
+def test_a_smoothed_mask_is_1_deep_inside_and_0_far_outside(smoothing):
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., :4] = True  # the left half, 16 pixels
+    smooth = model(smoothing=smoothing).smooth(mask)[0, 0, 16]
+    assert smooth.shape == (32,) and 0 <= smooth.min() and smooth.max() <= 1 + 1e-5
+    assert smooth[4 if smoothing < 3 else 12] > 0.85 and smooth[-4] < 0.01
+    if smoothing:
+        assert smooth[15] + smooth[16] == pytest.approx(1, abs=1e-3) and 0.5 < smooth[15] < 0.9
+    else:
+        assert smooth.tolist() == [1.0] * 16 + [0.0] * 16
+
+
+def test_the_score_is_of_the_most_unlike_place_or_of_the_mean():
+    image = images()
+    unlike = model().unlikeness(image)
+    torch.testing.assert_close(model(score="max").score(image), unlike.amax(dim=(1, 2, 3)))
+    torch.testing.assert_close(model(score="mean").score(image), unlike.mean(dim=(1, 2, 3)))
+    for score in ("max", "mean"):
+        net = model(score=score)
+        torch.testing.assert_close(net(image)[:, -1, 0, 0], net.score(image) / (net.score(image) + 0.2))
+
+
+def test_a_model_that_was_never_calibrated_calls_everything_abnormal_but_a_score_of_zero():
+    net = Grey(1, SIZE)
+    assert net(images())[:, -1].min() > 0.999
+    assert not net(torch.full((1, 1, *SIZE), 0.5))[:, -1].any()
+
+
+# --- empty slices, volumes, odd inputs
+
+
+@pytest.mark.parametrize("empty", [[0], [1, 2], [3]])
+def test_empty_slices_give_zero_and_do_not_touch_the_others(empty):
+    net, image = model(min_foreground=0.05), images(4)
+    image[empty] = 0
+    image[empty, :, :4, :10] = 1  # 4 % of the pixels
+    full = [i for i in range(4) if i not in empty]
+    output = net(image)
+    assert not output[empty].any()
+    assert torch.equal(output[full], net(image[full]))
+
+
+def test_a_batch_of_empty_slices_asks_for_nothing():
+    net = model(min_foreground=0.05)
+    net.examine = None
+    assert torch.equal(net(torch.zeros(3, 1, *SIZE)), torch.zeros(3, 3, *SIZE))
+
+
+def test_the_foreground_level_says_what_is_empty():
+    image = torch.full((1, 1, *SIZE), 0.2)
+    assert model(min_foreground=0.05, foreground_level=0.1)(image).any()
+    assert not model(min_foreground=0.05, foreground_level=0.3)(image).any()
+
+
+def test_a_volume_gives_the_same_as_its_slices():
+    net = model(2, min_foreground=0.05)
+    volumes = images(10, channels=2).unflatten(0, (2, 5)).movedim(1, -1).contiguous()
+    volumes[..., 3] = 0
+    slices = torch.stack([net(volumes[..., i]) for i in range(5)], dim=-1)
+    assert slices.shape == (2, 4, *SIZE, 5) and not slices[..., 3].any() and slices[..., 2].any()
+    torch.testing.assert_close(net(volumes), slices)
+    torch.testing.assert_close(SliceInferer(roi_size=SIZE, spatial_dim=2, sw_batch_size=3)(volumes, net), slices)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 32, 48), (2, 1, 16, 32), (1, 32, 32), (32, 32), (1, 1, 16, 32, 5)])
+def test_slices_of_another_shape_are_refused_with_the_expected_one(shape):
+    with pytest.raises(ValueError, match=r"expected slices of shape \(1, 32, 32\), got"):
+        model()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_input_is_left_alone_and_its_type_is_kept(dtype):
+    image = images().to(dtype)
+    before = image.clone()
+    assert model()(image).dtype == dtype and torch.equal(image, before)
+
+
+def test_no_gradient_is_recorded():
+    image = images().requires_grad_()
+    assert not model()(image).requires_grad and not model().score(image).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"score": "median"}, "unknown score 'median': choose max or mean"),
+        ({"percentile": -1}, r"percentile must lie in 0 \.\.\. 100, got -1"),
+        ({"percentile": 100.1}, "got 100.1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        Grey(1, SIZE, **settings)
+
+
+# --- calibration
+
+
+def noise(count, seed=0):
+    return torch.rand(count, 1, *SIZE, generator=generator(seed))
+
+
+@pytest.mark.parametrize("percentile", [0, 50, 97.5, 99.9, 100])
+def test_the_threshold_is_exceeded_by_the_rest_of_the_healthy_places(percentile):
+    net, image = model(percentile=percentile), noise(100)
+    net.calibrate([{"image": image}])
+    above = (net.unlikeness(image) > net.quantile("healthy_places", percentile)).float().mean()
+    assert above.item() == pytest.approx(1 - percentile / 100, abs=0.0005)
+
+
+@pytest.mark.parametrize("score", ["max", "mean"])
+def test_a_slice_at_the_percentile_of_healthy_slices_gets_an_abnormality_of_a_half(score):
+    net, image = model(score=score), noise(41)
+    net.calibrate([{"image": image}])
+    order = net.score(image).argsort()
+    abnormality = net(image)[order, -1, 0, 0]
+    assert abnormality[39].item() == pytest.approx(0.5, abs=1e-6)  # 97.5 % of 40
+    assert (abnormality[:39] < 0.5).all() and abnormality[40] > 0.5
+
+
+def test_calibration_does_not_depend_on_batches_and_skips_empty_slices():
+    image = noise(10)
+    image[3:5] = 0
+    whole, parts, full = (model(min_foreground=0.05) for _ in range(3))
+    whole.calibrate([{"image": image}])
+    parts.calibrate({"image": part} for part in image.split(2))
+    full.calibrate([{"image": image[[0, 1, 2, 5, 6, 7, 8, 9]].double()}])
+    for buffer in ("healthy_places", "healthy_scores"):
+        values = getattr(whole, buffer)
+        assert (values.diff() >= 0).all() and values[-1] > values[0]
+        assert torch.equal(getattr(parts, buffer), values) and torch.equal(getattr(full, buffer), values)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_runs_in_evaluation_mode_and_goes_back(training):
+    net, modes = model().train(training), []
+    unlikeness = net.unlikeness
+    net.unlikeness = lambda image: modes.append(net.training) or unlikeness(image)
+    net.calibrate([{"image": noise(2)}])
+    assert set(modes) == {False} and net.training == training
+
+
+@pytest.mark.parametrize("batches", [[], [{"image": torch.zeros(3, 1, *SIZE)}]])
+def test_calibration_without_foreground_is_refused(batches):
+    with pytest.raises(ValueError, match="no held-out healthy slice shows any foreground"):
+        model(min_foreground=0.05).calibrate(batches)
+
+
+def test_half_precision_weights_carry_the_calibration():
+    net, fresh = model(), Grey(1, SIZE)
+    net.calibrate([{"image": noise(50)}])
+    fresh.load_state_dict({k: v.half() for k, v in net.state_dict().items()}, strict=True)
+    assert set(net.state_dict()) == {"healthy_places", "healthy_scores"} and fresh.healthy_places.dtype == torch.float32
+    torch.testing.assert_close(fresh.healthy_places, net.healthy_places, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(fresh.healthy_scores, net.healthy_scores, rtol=1e-3, atol=1e-6)
+
+
+# --- the VQ-VAE
+
+
+def codebook(net):
+    quantiser = net.autoencoder.quantizer.quantizer
+    return {"entries": quantiser.embedding.weight, "sums": quantiser.ema_w, "sizes": quantiser.ema_cluster_size}
+
+
+def copy_of(tensors):
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def losses(net, image=None, seed=0):
+    return net.autoencoder_losses(images(8) if image is None else image, None, generator(seed))
+
+
+def is_latent(entries, latent):
+    """Which entries (n, embedding_dim) of a codebook are among the latents (B, embedding_dim, h, w)."""
+    return torch.cdist(entries, latent.movedim(1, -1).flatten(0, -2)).amin(dim=1) < 1e-3
+
+
+def test_the_codebook_begins_with_latents():
+    net = quantised().train()
+    quantise, seen = net.autoencoder.quantize, []
+    net.autoencoder.quantize = lambda latent: seen.append(copy_of(codebook(net))) or quantise(latent)
+    latent = net.encode(images(8))
+    assert not is_latent(codebook(net)["entries"], latent).any()
+    losses(net)
+    (book,) = seen
+    assert is_latent(book["entries"], latent).all()
+    assert torch.equal(book["sums"], book["entries"]) and (book["sizes"] == 1).all()
+    assert is_latent(codebook(net)["entries"], latent).sum() >= 8  # the others have begun to follow their places
+
+
+def test_an_entry_that_is_no_longer_used_comes_back_and_the_others_stay():
+    net = quantised().train()
+    for seed in range(3):
+        losses(net, seed=seed)
+    book = codebook(net)
+    book["sizes"][3], book["sizes"][5:] = 0.04, book["sizes"][5:].clamp(min=0.06)
+    book["entries"].data[3] = book["sums"][3] = 1000.0
+    before = copy_of(book)
+    net._revive_entries(net.encode(images(8)).detach(), generator())
+    assert is_latent(book["entries"][3:4], net.encode(images(8))).all() and book["sizes"][3] == 1
+    others = [i for i in range(16) if i != 3 and before["sizes"][i] >= 0.05]
+    assert len(others) >= 11 and all(torch.equal(book[name][others], before[name][others]) for name in book)
+
+
+def test_the_codebook_changes_in_training_and_not_in_evaluation():
+    net = quantised()
+    for training in (False, True):
+        net.train(training)
+        before = copy_of(codebook(net))
+        losses(net)
+        assert all(torch.equal(value, before[name]) != training for name, value in codebook(net).items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_losses_depend_on_the_generator_only(training):
+    nets = [quantised().train(training) for _ in range(3)]
+    torch.manual_seed(1)
+    first = losses(nets[0])
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again, other = losses(nets[1]), losses(nets[2], seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert (first["commitment"] != other["commitment"]) == training  # the entries that were revived
+    assert all(torch.equal(value, codebook(nets[1])[name]) for name, value in codebook(nets[0]).items())
+
+
+def test_the_losses_are_those_of_the_restored_slices():
+    net, image = quantised().eval(), images(8)
+    values = losses(net)
+    restored = net.decode(net.encode(image))
+    torch.testing.assert_close(values["reconstruction"], (restored - image).abs().mean())
+    gap = torch.fft.fft2(restored, norm="ortho").abs() - torch.fft.fft2(image, norm="ortho").abs()
+    torch.testing.assert_close(values["spectral"], (gap**2).mean(), rtol=1e-3, atol=1e-6)
+    latent = net.encode(image)
+    quantised_latent, _ = net.autoencoder.quantize(latent)
+    torch.testing.assert_close(values["commitment"], 0.25 * ((quantised_latent - latent) ** 2).mean())
+    heavy = losses(quantised(spectral_weight=3.0).eval())
+    torch.testing.assert_close(heavy["spectral"], 3 * values["spectral"])
+
+
+def test_the_losses_train_encoder_and_decoder_and_fall():
+    net = quantised().train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+    totals = []
+    for seed in range(25):
+        values = losses(net, seed=seed)
+        optimizer.zero_grad()
+        sum(values.values()).backward()
+        if seed == 0:
+            assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+            assert codebook(net)["entries"].grad is None
+        optimizer.step()
+        totals.append(values["reconstruction"].item())
+    assert totals[-1] < 0.5 * totals[0]
+
+
+def test_a_model_takes_the_autoencoder_and_nothing_else_from_weights(tmp_path):
+    source, net = quantised(seed=1), quantised()
+    source.healthy_places.fill_(3.0)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    torch.save({**state, "unet.weight": torch.zeros(3)}, tmp_path / "model.pt")
+    net.load_autoencoder(tmp_path / "model.pt")
+    for name, value in net.autoencoder.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, state["autoencoder." + name].float())
+    assert not net.healthy_places.any()
+
+
+def test_weights_without_an_autoencoder_are_refused(tmp_path):
+    torch.save({"unet.weight": torch.zeros(3)}, tmp_path / "model.pt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        quantised().load_autoencoder(tmp_path / "model.pt")
+
+
+def test_bfloat16_arithmetic_stays_close_to_float32():
+    net, image = quantised().eval(), images(4)
+    rough = copy.deepcopy(net)
+    rough.amp = True
+    assert rough.encode(image).dtype == rough.decode(net.encode(image)).dtype == torch.float32
+    torch.testing.assert_close(rough.encode(image), net.encode(image), atol=0.03, rtol=0.03)
+    torch.testing.assert_close(rough.decode(net.encode(image)), net.decode(net.encode(image)), atol=0.03, rtol=0.03)
+    assert not torch.equal(rough.encode(image), net.encode(image))
+
+
+def test_restoring_is_encoding_and_decoding():
+    net = quantised().eval()
+    image = images()
+    with torch.no_grad():
+        torch.testing.assert_close(net.restore(image), net.autoencoder(image)[0])
+
+
+def test_the_weights_of_the_autoencoder_alone_can_be_taken_from_a_file(tmp_path):
+    first, second = quantised(seed=0), quantised(seed=1)
+    first.healthy_places.fill_(3)
+    torch.save(first.state_dict(), tmp_path / "model.pt")
+    second.load_autoencoder(tmp_path / "model.pt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.autoencoder.parameters(), second.autoencoder.parameters(), strict=True)
+    )
+    assert not second.healthy_places.any()
+    assert second.load_weights(tmp_path / "model.pt") is second and second.healthy_places.all() and not second.training

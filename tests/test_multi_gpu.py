@@ -1,0 +1,112 @@
+"""Several processes, started by torchrun as a user does, do together what one does (gloo, on the CPU)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_ct_slice, rows_of, run, save_patient
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scripts.datasets import section_of
+
+BRAIN, HEAD_CT = (ROOT / "bundles" / name for name in ("brain_mri_anomaly_ddim", "head_ct_anomaly_ldm"))
+
+
+def torchrun(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.Popen:
+    """``torchrun`` with two processes in the bundle's folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=bundle, text=True, env=environment, **pipes, **kwargs)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """What a process that ended well has printed."""
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every iteration, from TensorBoard's files, of which one process wrote one for training."""
+    found = []
+    for path in folder.glob("events*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if "loss" in events.Tags()["scalars"]:
+            found.append([event.value for event in events.Scalars("loss")])
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory) -> Path:
+    """Two patients for the training and one for the validation."""
+    folder = tmp_path_factory.mktemp("patients")
+    names = [f"p{i}" for i in range(40)]
+    training = [name for name in names if section_of(name) == "training"][:2]
+    for name in (*training, next(name for name in names if section_of(name) == "validation")):
+        save_patient(folder, name, num_slices=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(36):
+        Image.fromarray(make_ct_slice(i)).save(folder / f"{i:03}.png")
+    return folder
+
+
+@pytest.mark.parametrize("case", ["brain", "autoencoder", "diffusion"])
+def test_training_in_two_processes_is_that_of_one_with_twice_the_batch(patients, pictures, tmp_path, case):
+    bundle, data = (BRAIN, patients) if case == "brain" else (HEAD_CT, pictures)
+    files = ["configs/train.json", *(["configs/train_autoencoder.json"] if case == "autoencoder" else [])]
+    states = {}
+    for name, batch_size in (("one", 4), ("two", 2)):
+        args = ["--dataset_dir", data, "--ckpt_dir", tmp_path / name, "--output_dir", tmp_path / name / "log"]
+        args += ["--epochs", 1, "--epoch_length", 3, "--batch_size", batch_size, "--amp", False]
+        if name == "one":
+            done = run(bundle, str(files), *args)
+            assert done.returncode == 0, done.stderr
+        else:
+            finished(torchrun(bundle, str([*files, "configs/multi_gpu_train.json"]), *args))
+        states[name] = torch.load(tmp_path / name / "model.pt", weights_only=True)
+    assert losses(tmp_path / "two" / "log") == pytest.approx(losses(tmp_path / "one" / "log"), rel=1e-4)
+    for key, value in states["one"].items():
+        torch.testing.assert_close(states["two"][key], value, rtol=0.02, atol=2e-3, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_cohort_is_shared_and_every_case_done_once_also_when_a_process_was_killed(tmp_path):
+    names = [f"p{i}" for i in range(5)]
+    for number, name in enumerate(names):
+        save_patient(tmp_path / "scans", name, seed=number, num_slices=1)
+    (tmp_path / "scans" / "bad.nii.gz").write_bytes(b"no scan")
+    args = ["--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--num_steps", 1, "--guidance_steps", 1]
+    config = "['configs/inference.json','configs/multi_gpu_inference.json']"
+    process = torchrun(BRAIN, config, *args, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "out" / "results.csv").is_file():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {row["case"]: row for row in rows_of(tmp_path / "out" / "results.csv")}
+    assert before
+
+    process = torchrun(BRAIN, config, *args)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "1 case(s) failed" in errors
+    rows = rows_of(tmp_path / "out" / "results.csv")
+    assert sorted(row["case"] for row in rows) == names
+    assert all(row == before.get(row["case"], row) for row in rows), "a finished case was done again"
+    assert [row["case"] for row in rows_of(tmp_path / "out" / "failures.csv")] == ["bad"]
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert folders == set(names)
