@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 LABEL = .venv-monailabel
 
-.PHONY: demo test lint
+.PHONY: demo test lint stress
 
 demo: .venv/installed
 	$(BIN)/python -m scripts demo
@@ -11,6 +11,10 @@ test: .venv/installed lint
 	-$(MAKE) $(LABEL)/installed
 	$(BIN)/python -m pytest -rs
 	$(BIN)/python -m scripts verify
+
+# the long form of the tests with kills and damaged files
+stress: .venv/installed
+	STRESS=1 $(BIN)/python -m pytest -s tests/test_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

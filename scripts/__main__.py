@@ -10,7 +10,7 @@ from pathlib import Path
 import fire
 
 from scripts import benchmark, release
-from scripts.demo import draw_scan
+from scripts.demo import draw_cine, draw_scan
 from scripts.download import DownloadError
 from scripts.download import download as fetch
 from scripts.package import package_all
@@ -19,19 +19,24 @@ from scripts.report import report as write_report
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
 
+def _bundles(*names: str) -> list[Path]:
+    """Folders of the named bundles, or of all if none is named."""
+    known = {path.parents[1].name: path.parents[1] for path in sorted(BUNDLES.glob("*/configs/metadata.json"))}
+    for name in names:
+        if name not in known:
+            sys.exit(f"no bundle '{name}'; there are: {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
 def _bundle(name: str) -> Path:
-    folder = BUNDLES / name
-    if not (folder / "configs" / "metadata.json").is_file():
-        known = ", ".join(sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/metadata.json")))
-        sys.exit(f"no bundle '{name}'; there are: {known}")
-    return folder
+    return _bundles(name)[0]
 
 
 def list_bundles() -> None:
     """Print every bundle with its version and what it does."""
-    for path in sorted(BUNDLES.glob("*/configs/metadata.json")):
-        meta = json.loads(path.read_text())
-        print(f"{path.parent.parent.name}  {meta['version']}  {meta['task']}")
+    for bundle in _bundles():
+        meta = json.loads((bundle / "configs" / "metadata.json").read_text())
+        print(f"{bundle.name}  {meta['version']}  {meta['task']}")
 
 
 def demo(output_dir: str = "demo_output") -> None:
@@ -54,25 +59,28 @@ def verify(*names: str, schema: str | None = None) -> None:
 
     Args:
         names: bundles.
-        schema: file with MONAI's schema of the metadata; without it only the required keys are checked.
+        schema: file with MONAI's schema of the metadata, which nothing is downloaded in place of; without it only the
+            required keys are checked, and a line says so.
     """
-    names = names or tuple(path.parent.parent.name for path in sorted(BUNDLES.glob("*/configs/metadata.json")))
+    if not schema:
+        print("not checked, as no --schema is given: the metadata beyond the required keys")
     faulty = False
-    for name in names:
-        faults = release.verify(_bundle(name), schema)
+    for bundle in _bundles(*names):
+        faults = release.verify(bundle, schema)
         faulty |= bool(faults)
-        print("\n".join([f"{name}: {fault}" for fault in faults] or [f"{name}: verified"]))
+        print("\n".join([f"{bundle.name}: {fault}" for fault in faults] or [f"{bundle.name}: verified"]))
     if faulty:
         sys.exit(1)
 
 
 def run_benchmark(name: str, dataset_dir: str, num_slices: int = 8, section: str = "validation") -> None:
-    """Time the published procedure against the bundle's default on the same slices with the same weights.
+    """Time the published procedure against the bundle's default on the same data with the same weights.
 
     Args:
         name: bundle.
-        dataset_dir: folder of labelled cases, or of healthy ones if the bundle is measured on painted lesions.
-        num_slices: slices to measure on, half of them with a lesion.
+        dataset_dir: folder of labelled cases, or of healthy ones if the bundle is measured on painted lesions; of real
+            images if it generates images.
+        num_slices: slices to measure on, half of them with a lesion, or images to generate.
         section: section of the cases.
     """
     benchmark.benchmark(_bundle(name), dataset_dir, num_slices, section)
@@ -115,7 +123,7 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
 
 
 def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
-    """Draw a scan that shows no patient with the bundle's diffusion model.
+    """Draw a scan that shows no patient, with the bundle's diffusion model; for a bundle of cines, a beating phantom.
 
     Args:
         name: bundle.
@@ -123,7 +131,11 @@ def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
         seed: seed of the noise.
         num_slices: number of slices.
     """
-    draw_scan(_bundle(name), Path(path), num_slices, seed)
+    meta = json.loads((_bundle(name) / "configs" / "metadata.json").read_text())
+    if "source" in meta["network_data_format"]["inputs"]["image"]["channel_def"].values():
+        draw_cine(Path(path), num_slices, seed)
+    else:
+        draw_scan(_bundle(name), Path(path), num_slices, seed)
 
 
 def package(*names: str, output: str = "dist", url_base: str = "") -> None:
@@ -134,9 +146,8 @@ def package(*names: str, output: str = "dist", url_base: str = "") -> None:
         output: folder to write to.
         url_base: address that the zips will be served from.
     """
-    names = names or tuple(path.parent.parent.name for path in sorted(BUNDLES.glob("*/configs/metadata.json")))
     try:
-        for done in package_all([_bundle(name) for name in names], Path(output), url_base):
+        for done in package_all(_bundles(*names), Path(output), url_base):
             print(f"{done['sha256']}  {done['zip']}")
     except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -1,14 +1,17 @@
-"""Speed and accuracy of the anomaly bundles: against the published procedure, and over the settings.
+"""Speed of every bundle against the published procedure; accuracy of the anomaly bundles, and over the settings.
 
-They are measured on labelled slices, or on painted ones where a bundle's data have no labels.
+The anomaly bundles are measured on labelled slices, or on painted ones where a bundle's data have no labels. Another kind of
+bundle names its own function in ``evaluate.json``, see :func:`benchmark`.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,11 @@ from scripts.sprites import healthy_images, paint_sprites
 from scripts.transforms import ExtractSlicesd, MapToMask
 
 __all__ = [
+    "DenseCorrelation",
+    "anomaly_benchmark",
     "benchmark",
     "build_network",
+    "cine_benchmark",
     "drawn_slices",
     "grey_level_baseline",
     "healthy_slices",
@@ -36,10 +42,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+def _configuration(bundle: Path, *names: str) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([bundle / "configs" / f"{name}.json" for name in names])
+    return parser
+
+
 def build_network(bundle: Path, **settings: Any) -> nn.Module:
     """The bundle's network with its weights, in evaluation mode; ``settings`` replace arguments of ``network_def``."""
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "inference.json")
+    parser = _configuration(bundle, "inference")
     for name, value in settings.items():
         parser[f"network_def#{name}"] = value
     network = parser.get_parsed_content("network_def").to(parser.get_parsed_content("device"))
@@ -57,8 +68,7 @@ def labelled_slices(bundle: Path, dataset_dir: str, section: str) -> Iterator[li
     Raises:
         FileNotFoundError: if there are no labelled cases.
     """
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "train.json")
+    parser = _configuration(bundle, "train")
     cases = [c for c in find_cases(dataset_dir, parser.get_parsed_content("sequences"), section=section) if "label" in c]
     if not cases:
         raise FileNotFoundError(f"{dataset_dir}: no case of the section '{section}' has a mask")
@@ -80,8 +90,7 @@ def healthy_slices(bundle: Path, dataset_dir: str, section: str, number: int | N
     Raises:
         ValueError: if there are fewer than ``number``.
     """
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "train.json")
+    parser = _configuration(bundle, "train")
     parser["dataset_dir"], parser["validate_section"] = str(dataset_dir), section
     return healthy_images(parser.get_parsed_content("validate#dataset"), number)
 
@@ -95,8 +104,7 @@ def drawn_slices(bundle: Path, dataset_dir: str, num_slices: int, section: str) 
     Returns:
         images (N, C, H, W) in [0, 1], and masks (N, 1, H, W), bool.
     """
-    parser = ConfigParser()
-    parser.read_config([bundle / "configs" / f"{name}.json" for name in ("inference", "evaluate")])
+    parser = _configuration(bundle, "inference", "evaluate")
     if "sprites" in parser:
         images = healthy_slices(bundle, dataset_dir, section, num_slices)
         masks = torch.zeros_like(images[:, :1], dtype=torch.bool)
@@ -149,27 +157,45 @@ def _evaluate(network: nn.Module, images: Tensor, masks: Tensor, batch_size: int
     }
 
 
-def benchmark(bundle: Path, dataset_dir: str, num_slices: int, section: str) -> dict[str, dict[str, float]]:
-    """Print a table of the published procedure and of the bundle's default, on the same slices with the same weights.
+def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
+    """Print a table of the published procedure and of the bundle's default, on the same data with the same weights.
 
-    What the published procedure is, the network says (``published``, settings of its own); it gets one slice at a time.
-    Everything else, such as the weights of the sequences in the map, is alike in both, so that the samplers are compared.
+    What the published procedure is, the network says (``published``, settings of its own). What is measured, and on what,
+    is up to the function that ``benchmark`` in the bundle's ``evaluate.json`` names; without it to
+    :func:`anomaly_benchmark`, whose arguments it has.
     """
-    images, masks = drawn_slices(bundle, dataset_dir, num_slices, section)
     default = build_network(bundle)
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "inference.json")
-    published = build_network(bundle, **default.published)
+    networks = {"default": default, "published": build_network(bundle, **default.published)}
+    settings = ", ".join(f"{key} {value}" for key, value in default.published.items())
+    logger.info(f"{bundle.name} on {dataset_dir} ({section}); published: {settings}")
+    own = ConfigParser.load_config_file(bundle / "configs" / "evaluate.json").get("benchmark")
+    return (locate(own) if own else anomaly_benchmark)(bundle, networks, dataset_dir, number, section)
+
+
+def anomaly_benchmark(
+    bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: str, number: int, section: str
+) -> dict[str, dict[str, float]]:
+    """Speed and accuracy on slices, of which the published procedure gets one at a time.
+
+    Everything but the procedure, such as the weights of the sequences in the map, is alike in both, so that the samplers
+    are compared.
+
+    Args:
+        bundle: folder of an anomaly bundle.
+        networks: ``default`` and ``published``.
+        dataset_dir: folder of the cases.
+        number: number of slices, half of them with a lesion.
+        section: section of the cases.
+    """
+    images, masks = drawn_slices(bundle, dataset_dir, number, section)
+    default, published = networks["default"], networks["published"]
     default(images[:1].to(next(default.parameters()).device))  # the first call pays for set-up
     rows = {
-        "default": _evaluate(default, images, masks, parser.get_parsed_content("batch_size")),
+        "default": _evaluate(default, images, masks, _configuration(bundle, "inference")["batch_size"]),
         "published": _evaluate(published, images, masks, batch_size=1),
     }
-    logger.info(
-        f"{len(images)} slices of {dataset_dir} ({section}), half with a lesion; published: "
-        f"{', '.join(f'{key} {value}' for key, value in default.published.items())}; "
-        f"{torch.get_num_threads()} threads on {next(default.parameters()).device.type}"
-    )
+    threads, device = torch.get_num_threads(), next(default.parameters()).device.type
+    logger.info(f"{len(images)} slices, half with a lesion; {threads} threads on {device}")
     logger.info(f"{'':<12}{'s/slice':>10}{'slices/min':>12}{'Dice Otsu':>12}{'best Dice':>12}{'AUROC':>10}{'healthy':>10}")
     for name, row in rows.items():
         logger.info(
@@ -177,6 +203,81 @@ def benchmark(bundle: Path, dataset_dir: str, num_slices: int, section: str) -> 
             f"{row['auroc']:>10.3f}{row['healthy_ratio']:>10.3f}"
         )
     logger.info(f"{rows['published']['seconds'] / rows['default']['seconds']:.1f} times faster")
+    return rows
+
+
+class DenseCorrelation(nn.Module):
+    """Mean squared local correlation, negated, by one dense convolution a sum, as the published training computes it.
+
+    Args:
+        kernel_size: edge of the window in voxels.
+    """
+
+    def __init__(self, kernel_size: int = 9) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.ones(1, 1, *[kernel_size] * 3))
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Of images (B, 1, H, W, D); a scalar."""
+        images = (pred, target, pred * pred, target * target, pred * target)
+        p, t, pp, tt, pt = (nn.functional.conv3d(image, self.window, padding="same") for image in images)
+        number = self.window.numel()
+        spread = ((pp - p * p / number).clamp(min=1e-5), (tt - t * t / number).clamp(min=1e-5))
+        return -((pt - p * t / number) ** 2 / (spread[0] * spread[1])).mean()
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Mean time of a call, after one that pays for set-up."""
+    call()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begun) / repeats
+
+
+def cine_benchmark(
+    bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: str, number: int, section: str
+) -> dict[str, float]:
+    """Speed of inference, and of a training step against one with a dense window of the correlation.
+
+    Args:
+        bundle: folder of a bundle of cines.
+        networks: ``default`` and ``published``.
+        dataset_dir: folder of the cines.
+        number: number of cines.
+        section: section of the cines.
+
+    Returns:
+        seconds a cine: ``published``, ``default`` and ``exact``, which is the default in 32 bits; ``default_error`` and
+        ``exact_error``, the largest difference of a frame from the published one, the source's range being 2; seconds a
+        training step: ``dense`` and ``step``.
+    """
+    parser = _configuration(bundle, "train")
+    parser["dataset_dir"], parser["training_section"] = str(dataset_dir), section
+    dataset = parser.get_parsed_content("train#dataset")
+    cines = [dataset[(i, i)]["image"][None] for i in range(min(number, len(dataset)))]
+    exact = copy.deepcopy(networks["default"])
+    exact.amp = False
+    networks = {**networks, "exact": exact}
+    frames = {name: [network(cine[:, [0, -1]]) for cine in cines] for name, network in networks.items()}
+    rows = {}
+    for name, network in networks.items():
+        rows[name] = _seconds(lambda run=network: [run(cine[:, [0, -1]]) for cine in cines], 1) / len(cines)
+        pairs = zip(frames[name], frames["published"], strict=True)
+        rows[f"{name}_error"] = max((made - true).abs().max().item() for made, true in pairs)
+    trained = parser.get_parsed_content("network_def").train()
+    for name, similarity in (("step", trained.similarity), ("dense", DenseCorrelation())):
+        trained.similarity = similarity
+        rows[name] = _seconds(lambda: sum(trained.losses(cines[0], None, torch.Generator()).values()).backward(), 3)
+    shape = " x ".join(map(str, cines[0].shape[2:]))
+    logger.info(f"{len(cines)} cines of {shape}, {len(exact.gammas)} frames; {torch.get_num_threads()} threads")
+    for name in ("published", "exact", "default"):
+        logger.info(
+            f"{name:<12}{rows[name]:>8.3f} s a cine{rows['published'] / rows[name]:>8.2f} times faster, "
+            f"largest difference {rows[f'{name}_error']:.1e}"
+        )
+    ratio = rows["dense"] / rows["step"]
+    logger.info(f"training step {rows['step']:.3f} s, with a dense window {rows['dense']:.3f} s ({ratio:.2f} times)")
     return rows
 
 

@@ -2,7 +2,9 @@
 
 A *case* is a dictionary with ``case`` (its name), ``image`` (a path, or a list of paths in the order of the sequences,
 None for one that is missing) and, where there is one, ``label`` (path of the mask), ``slice_labels`` (0 or 1 for each
-slice) or ``class_label`` (0 healthy, 1 diseased, for a 2-D image).
+slice) or ``class_label`` (0 healthy, 1 diseased, for a 2-D image). The case of a cine has ``image`` (one 4-D file, or the
+files of end-diastole and end-systole) and, where there is one, ``frames`` (numbers of these two in the file, from 0),
+``label`` and ``target_label`` (label maps of the two).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ __all__ = [
     "SliceDataset",
     "add_slice_labels",
     "find_cases",
+    "find_cines",
     "folder_pair",
+    "generated_cases",
     "root_cause",
     "section_by_order",
     "section_of",
@@ -92,7 +96,12 @@ def _has_several_series(folder: Path) -> bool:
 
 
 def find_cases(
-    dataset_dir: str | Path, sequences: Sequence[str], label: str = "seg", section: str = "all", pictures: bool = False
+    dataset_dir: str | Path,
+    sequences: Sequence[str],
+    label: str = "seg",
+    section: str = "all",
+    pictures: bool = False,
+    class_folder: str | None = None,
 ) -> list[dict]:
     """Cases of a folder, sorted by name.
 
@@ -110,12 +119,16 @@ def find_cases(
         label: file suffix of the masks.
         section: ``training``, ``validation`` or ``test``, or ``all``.
         pictures: take pictures as well.
+        class_folder: name of a sub-folder to take in place of the folder if there is one, such as ``CXR`` of MedNIST, whose
+            folder has one for each class.
 
     Raises:
         FileNotFoundError: if there is no such folder, or nothing in it; with ``pictures``, also if the section is empty.
         ValueError: for an unknown section of pictures.
     """
     root = Path(dataset_dir).absolute()  # "." has no name
+    if class_folder and (root / class_folder).is_dir():
+        root = root / class_folder
     if root.is_file():
         return [{"case": _stem(root), "image": str(root)}]
     if not root.is_dir():
@@ -152,6 +165,126 @@ def find_cases(
         raise FileNotFoundError(
             f"{root}: none of the {len(volumes) + len(flat)} cases falls into the {section} section; add scans"
         )
+    return sorted(chosen, key=lambda case: case["case"])
+
+
+def _acdc_frames(path: Path) -> tuple[int, int]:
+    """Frames of end-diastole and end-systole in an ``Info.cfg`` of ACDC, which counts from 1, counted from 0."""
+    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    numbers = {key.strip(): value.strip() for key, _, value in lines}
+    if not all(numbers.get(key, "").isdecimal() and int(numbers[key]) for key in ("ED", "ES")):
+        raise ValueError(f"{path}: needs the lines 'ED: <frame>' and 'ES: <frame>', counted from 1")
+    return int(numbers["ED"]) - 1, int(numbers["ES"]) - 1
+
+
+def _with_labels(case: dict, label: str | None, target_label: str | None) -> dict:
+    found = {"label": label, "target_label": target_label}
+    return {**case, **{key: path for key, path in found.items() if path}}
+
+
+def _cine(folder: Path) -> dict | None:
+    """Case of a patient's folder in ACDC's layout, in that of cropped ACDC or with two 3-D files, if it is one."""
+    name, info = folder.name, folder / "Info.cfg"
+    case = {"case": name, "patient": name}
+    if (whole := _nifti(folder, f"{name}_4d")) and info.is_file():
+        frames = _acdc_frames(info)
+        labels = (_nifti(folder, f"{name}_frame{frame + 1:02}_gt") for frame in frames)
+        return _with_labels({**case, "image": whole, "frames": frames}, *labels)
+    if cropped := _nifti(folder, f"{name}_ed2es"):
+        return _with_labels({**case, "image": cropped}, *(_nifti(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
+    stems = sorted(_stem(p)[: -len("_ed")] for p in folder.iterdir() if p.name.endswith(NIFTI) and _stem(p).endswith("_ed"))
+    ends = [_nifti(folder, f"{stem}_{end}") for stem in stems[:1] for end in ("ed", "es")]
+    if len(ends) == 2 and all(ends):
+        return _with_labels({**case, "image": ends}, *(_nifti(folder, f"{stems[0]}_{end}_gt") for end in ("ed", "es")))
+    return None
+
+
+def _frames_table(path: Path) -> dict[str, tuple[int, int]]:
+    """Frames by file name from a CSV file with the columns ``file``, ``ed`` and ``es``, counted from 0."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if not {"file", "ed", "es"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: needs the columns file, ed and es, has {rows.fieldnames}")
+        table = {}
+        for row in rows:
+            if not all((row[key] or "").isdecimal() for key in ("ed", "es")):
+                raise ValueError(f"{path}: line {rows.line_num} needs two frame numbers, from 0")
+            table[row["file"]] = (int(row["ed"]), int(row["es"]))
+    return table
+
+
+def _cine_files(folder: Path) -> list[dict]:
+    """Cases of the 4-D files that lie directly in a folder, with the frames of its ``frames.csv`` if there is one."""
+    paths = [p for p in sorted(folder.iterdir()) if p.name.endswith(NIFTI) and not _stem(p).endswith("_gt")]
+    table = _frames_table(folder / "frames.csv") if (folder / "frames.csv").is_file() else None
+    if table is not None and set(table) != (names := {p.name for p in paths}):
+        raise ValueError(
+            f"{folder / 'frames.csv'}: has no row or no file for {', '.join(sorted(names ^ set(table)))}; "
+            "give one row for each file"
+        )
+    cases = []
+    for path in paths:
+        case = {"case": _stem(path), "patient": _stem(path), "image": str(path)}
+        if table is not None:
+            case["frames"] = table[path.name]
+        cases.append(_with_labels(case, *(_nifti(folder, f"{_stem(path)}_{end}_gt") for end in ("ed", "es"))))
+    return cases
+
+
+def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequence[float] = (0.15, 0.1)) -> list[dict]:
+    """Cases of cardiac cines, sorted by name.
+
+    ``dataset_dir`` is one 4-D NIfTI file, one patient's folder, or a folder of
+
+    - patients of ACDC: ``<patient>/<patient>_4d.nii.gz`` with ``Info.cfg`` (lines ``ED:`` and ``ES:``, which count frames
+      from 1), labels ``<patient>_frameNN_gt.nii.gz``;
+    - patients of cropped ACDC: ``<patient>/<patient>_ed2es.nii.gz``, from end-diastole to end-systole, labels
+      ``<patient>_ed_gt.nii.gz`` and ``<patient>_es_gt.nii.gz``;
+    - pairs: ``<case>/<any>_ed.nii.gz`` and ``<case>/<any>_es.nii.gz``, 3-D, labels ``<any>_ed_gt.nii.gz``, …;
+    - 4-D NIfTI files, whose first and last frames are taken unless ``frames.csv`` (columns ``file``, ``ed``, ``es``, which
+      counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
+
+    Patients are split by a hash of their name (:func:`section_of`), but for cropped ACDC with labels: there the labelled
+    patients are the test section, as the Dice needs labels, and of the others ``fractions[1]`` are for validation.
+
+    Args:
+        dataset_dir: see above.
+        section: ``training``, ``validation`` or ``test``, or ``all``.
+        fractions: shares of test and validation.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, nothing in it, or nothing in the section.
+        ValueError: naming an ``Info.cfg`` or a ``frames.csv`` without the frames.
+    """
+    root = Path(dataset_dir).absolute()  # "." has no name
+    if root.is_file():
+        return [{"case": _stem(root), "patient": _stem(root), "image": str(root)}]
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; give the folder of the cines by --dataset_dir")
+    if own := _cine(root):
+        return [own]
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = {folder: _cine(folder) for folder in folders}
+    cases = [case for case in found.values() if case] + _cine_files(root)
+    if not cases:
+        raise FileNotFoundError(
+            f"{root}: no cine found; expected <patient>/<patient>_4d.nii.gz with Info.cfg (ACDC), "
+            "<patient>/<patient>_ed2es.nii.gz, <case>/<any>_ed.nii.gz with <case>/<any>_es.nii.gz, or 4-D NIfTI files, "
+            "with a frames.csv (file, ed, es) or without"
+        )
+    for folder, case in found.items():
+        if not case:
+            logger.warning(f"{folder}: left out, it has none of the layouts of a cine")
+    held_back = [c for c in cases if str(c["image"]).removesuffix(".gz").endswith("_ed2es.nii") and "label" in c]
+    if not held_back:
+        chosen = take_section(cases, section, fractions=fractions)
+    elif section == "test":
+        chosen = held_back
+    else:
+        others = [case for case in cases if case not in held_back]
+        chosen = cases if section == "all" else take_section(others, section, fractions=(0.0, fractions[1]))
+    if not chosen:
+        raise FileNotFoundError(f"{root}: none of the {len(cases)} cines falls into the {section} section; add patients")
     return sorted(chosen, key=lambda case: case["case"])
 
 
@@ -259,16 +392,40 @@ def training_cases(
     return chosen
 
 
+def generated_cases(number: int, seed: int = 0, label: int | None = None) -> list[dict]:
+    """Cases of a generative network: ``generated_<seed>`` with ``seed``, and ``class_label`` if a class is wanted.
+
+    Args:
+        number: how many; their seeds follow each other.
+        seed: seed of the first, 0 or more.
+        label: class of all, for a network that was trained with classes.
+
+    Raises:
+        ValueError: if there is none to generate, or a seed does not lie in 0 ... 2^32 - 1.
+    """
+    if number < 1:
+        raise ValueError(f"--number must be at least 1, got {number}")
+    if not 0 <= seed <= 2**32 - number:
+        raise ValueError(f"--seed must be 0 or more, and the last of {number} below 2^32, got {seed}")
+    chosen = {} if label is None else {"class_label": label}
+    return [{"case": f"generated_{s}", "seed": s, **chosen} for s in range(seed, seed + number)]
+
+
 def unfinished(
-    cases: list[dict], output_dir: str | Path, overwrite: bool = False, rank: int = 0, world_size: int = 1
+    cases: list[dict],
+    output_dir: str | Path,
+    overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    table: str = "results.csv",
 ) -> list[dict]:
-    """Cases that have no row yet in ``output_dir/results.csv``, or all of them with ``overwrite``.
+    """Cases that have no row yet in ``output_dir/<table>``, or all of them with ``overwrite``.
 
     Of several processes each takes every ``world_size``-th case, beginning with number ``rank``; what is finished is left
     out only then, so that a case stays with its process when another one was faster.
     """
     cases = cases[rank::world_size]
-    results = Path(output_dir) / "results.csv"
+    results = Path(output_dir) / table
     if overwrite or not results.is_file():
         return cases
     with open(results, newline="") as file:
@@ -308,7 +465,10 @@ class CohortDataset(Dataset):
         try:
             return self.transform(dict(case))
         except Exception as error:
-            return {"case": case["case"], "failure": root_cause(error)}
+            reason, paths = root_cause(error), [path for path in ensure_tuple(case.get("image")) if path]
+            if paths and case["case"] not in reason:  # not every error names its file
+                reason = f"{paths[0]}: {reason}"
+            return {"case": case["case"], "failure": reason}
 
 
 class SliceDataset(Dataset):
@@ -316,7 +476,8 @@ class SliceDataset(Dataset):
 
     Args:
         data: cases, with ``label``, ``slice_labels`` or ``class_label``.
-        transform: preprocessing that ends with :class:`scripts.transforms.ExtractSlicesd`.
+        transform: preprocessing that ends with :class:`scripts.transforms.ExtractSlicesd`; without it a case is trained on
+            as a whole, as if it were one slice of class 0.
         augmentation: random transforms of a slice, or None.
         classes: the classes that the slices must have, all of them and no other; (0,) for healthy slices alone.
 
@@ -343,6 +504,7 @@ class SliceDataset(Dataset):
             except Exception as error:
                 failures.append(f"{name}: {root_cause(error)}")
                 continue
+            slices = slices if isinstance(slices, list) else [{"class_label": 0, "position": 0.0, **slices}]
             self.slices += [{**s, "image": s["image"].half()} for s in slices]
         if failures:
             raise ValueError(f"{len(failures)} of {len(data)} cases can't be used for training:\n" + "\n".join(failures))

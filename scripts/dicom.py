@@ -47,19 +47,34 @@ MAY_BE_EMPTY = (
 def _need(slices: Sequence[Dataset], names: Sequence[str]) -> None:
     """Raise ValueError, with the file's name, if one of the attributes is missing or empty in a slice."""
     for header in slices:
-        if int(header.get("NumberOfFrames") or 1) > 1:
+        try:
+            frames = int(header.get("NumberOfFrames") or 1)
+            missing = [name for name in names if not header.get(name)]
+        except Exception as error:  # pydicom reads an attribute when it is asked for
+            raise ValueError(f"{header.filename}: damaged attributes ({error}); copy it or export it again") from error
+        if frames > 1:
             raise ValueError(
                 f"{header.filename}: several frames in one (enhanced) object; "
                 "convert it to one file a slice (emf2sf of dcm4che), or to NIfTI"
             )
-        missing = [name for name in names if not header.get(name)]
         if missing:
             raise ValueError(f"{header.filename}: no {', '.join(missing)}; export the series again with these attributes")
 
 
+def _numbers(header: Dataset, name: str, count: int) -> np.ndarray:
+    """Values of an attribute, which pydicom hands on as text where they are no numbers."""
+    try:
+        values = np.array(header[name].value, dtype=float)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if values.shape != (count,) or not np.isfinite(values).all():
+        raise ValueError(f"{header.filename}: {name} is not {count} numbers; copy it or export it again")
+    return values
+
+
 def _normal(header: Dataset) -> np.ndarray:
     """Direction in which the slices follow each other, LPS, of length 1."""
-    orientation = np.array(header.ImageOrientationPatient, dtype=float)
+    orientation = _numbers(header, "ImageOrientationPatient", 6)
     return np.cross(orientation[:3], orientation[3:])
 
 
@@ -107,12 +122,13 @@ def read_series(folder: str | Path) -> list[Dataset]:
     _need(slices, GEOMETRY[:2])
     first = slices[0]
     for header in slices[1:]:
-        if not np.allclose(header.ImageOrientationPatient, first.ImageOrientationPatient, rtol=0, atol=1e-3):
+        orientations = [_numbers(one, "ImageOrientationPatient", 6) for one in (header, first)]
+        if not np.allclose(*orientations, rtol=0, atol=1e-3):
             raise ValueError(
                 f"{folder}: {Path(first.filename).name} and {Path(header.filename).name} lie in different planes; "
                 "give the slices of a localizer, or of each stack, a folder of their own"
             )
-    heights = np.array([header.ImagePositionPatient for header in slices], dtype=float) @ _normal(first)
+    heights = np.array([_numbers(header, "ImagePositionPatient", 3) for header in slices]) @ _normal(first)
     order = np.argsort(heights, kind="stable")
     for low, high in zip(order[:-1], order[1:], strict=True):
         if heights[high] - heights[low] < 1e-3:

@@ -158,9 +158,9 @@ class DiffusionValidator(Evaluator):
 
 
 class CohortEvaluator(SupervisedEvaluator):
-    """SupervisedEvaluator that goes on to the next case when one fails.
+    """SupervisedEvaluator that goes on to the next batch, of one case mostly, when one fails.
 
-    Reading, network, postprocessing and handlers of a case (events up to ``MODEL_COMPLETED``) may all fail; the case and
+    Reading, network, postprocessing and handlers of a batch (events up to ``MODEL_COMPLETED``) may all fail; its cases and
     one line go to ``engine.failures``, and ``engine.state.output`` is an empty list.
     """
 
@@ -169,7 +169,7 @@ class CohortEvaluator(SupervisedEvaluator):
         self.failures: dict[str, str] = {}
 
     def _iteration(self, engine: CohortEvaluator, batchdata: dict) -> dict | list:
-        case, failure = batchdata["case"][0], batchdata.get("failure")
+        failure = batchdata.get("failure")
         if failure is None:
             try:
                 return super()._iteration(engine, batchdata)
@@ -177,8 +177,9 @@ class CohortEvaluator(SupervisedEvaluator):
                 raise
             except Exception as error:
                 failure = [root_cause(error)]
-        engine.failures[case] = failure[0]
-        logger.error(f"{case}: {failure[0]}")
+        for case in batchdata["case"]:
+            engine.failures[case] = failure[0]
+            logger.error(f"{case}: {failure[0]}")
         return []
 
     def report_failures(self, output_dir: str | Path | None = None) -> None:

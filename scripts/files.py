@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import getpass
+import glob
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,11 +26,20 @@ def locked(path: str | Path) -> FileLock:
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; it takes the name ``path`` at the block's end, or goes if the block fails."""
+    """Give a path beside ``path`` to write to; it takes the name ``path`` at the block's end, or goes if the block fails.
+
+    What killed processes of this machine left beside ``path`` goes as well.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (path.with_name(f".{path.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
-    _remove(aside)  # left by a killed process of the same number, as in a container
+    # one ending, without a dot in it: torch.save writes a file's name up to its last dot into the file
+    mark = f".{path.name}.{platform.node().partition('.')[0]}-"
+    aside, old = (path.with_name(f"{mark}{os.getpid()}{ending}") for ending in ("", ".old"))
+    for left in path.parent.glob(f"{glob.escape(mark)}*"):
+        writer = left.name.removeprefix(mark).removesuffix(".old")
+        # this process's own number comes again in a container
+        if writer.isdecimal() and (int(writer) == os.getpid() or not _is_running(int(writer))):
+            _remove(left)
     try:
         yield aside
         if path.is_dir():
@@ -39,6 +50,16 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             os.replace(old, path)
         _remove(aside)
         _remove(old)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from monai.inferers import SliceInferer
-from torch import Tensor, nn
+import time
+from collections.abc import Sequence
 
-__all__ = ["ConfiguredSliceInferer"]
+import torch
+from monai.inferers import Inferer, SliceInferer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+__all__ = ["ConfiguredSliceInferer", "DisplacementInferer", "run_in_batches"]
+
+
+@torch.no_grad()
+def run_in_batches(network: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
+    """A network in evaluation mode over more images than one batch holds.
+
+    Args:
+        network: takes (B, ...) to (B, ...).
+        images: its inputs (N, ...), which go to its device batch by batch.
+        batch_size: images in a call.
+
+    Returns:
+        the outputs (N, ...), float32 on the CPU, and the seconds an image.
+    """
+    network.eval()  # in training mode a codebook would go on learning
+    device = next(network.parameters()).device
+    begun = time.perf_counter()
+    batches = tqdm(images.split(batch_size), desc="images", leave=False, disable=None)
+    output = torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
+    return output, (time.perf_counter() - begun) / len(images)
+
+
+def _configured(network_def: nn.Module, network: nn.Module, inputs: Tensor) -> nn.Module:
+    """The network with the settings that the configuration has at this moment, and the weights of another.
+
+    MONAI Label makes the network once, when it starts, and the inferer for every request. Without this the settings of a
+    request (``displayable_configs``) would not reach the network.
+    """
+    if network is not network_def:
+        network_def.to(inputs.device).train(network.training)
+        network_def.load_state_dict(network.state_dict())
+    return network_def
 
 
 class ConfiguredSliceInferer(SliceInferer):
     """MONAI's SliceInferer, which runs the network that the configuration describes at this moment.
-
-    MONAI Label makes the network once, when it starts, and the inferer for every request. Without this class the settings
-    of a request (``displayable_configs``) would not reach the network.
 
     Args:
         network_def: the network with the settings wanted; it takes over the weights of the one it is called with.
@@ -25,7 +59,54 @@ class ConfiguredSliceInferer(SliceInferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """Arguments and result as in MONAI."""
-        if network is not self.network_def:
-            self.network_def.to(inputs.device).train(network.training)
-            self.network_def.load_state_dict(network.state_dict())
-        return super().__call__(inputs, self.network_def, *args, **kwargs)
+        return super().__call__(inputs, _configured(self.network_def, network, inputs), *args, **kwargs)
+
+
+class DisplacementInferer(Inferer):
+    """Displacements of all frames of a motion, by the network that the configuration describes at this moment.
+
+    The network's own frames are left alone: the displacement warps the scan itself, on its own grid, later on.
+
+    Args:
+        network_def: the network with the settings wanted, which has ``gammas`` (the fractions of the way) and keeps
+            ``displacement`` (B, F, 3, H, W, D); it takes over the weights of the one it is called with.
+        num_frames: number of frames, evenly spaced from the source to the target; None for as many as the cine has
+            (``meta["num_frames"]`` of the input), or ``default_frames`` where there are no frames between.
+        gammas: fractions of the way in place of evenly spaced ones.
+        default_frames: see ``num_frames``.
+
+    Raises:
+        ValueError: for fewer than two frames.
+    """
+
+    def __init__(
+        self,
+        network_def: nn.Module,
+        num_frames: int | None = None,
+        gammas: Sequence[float] | None = None,
+        default_frames: int = 10,
+    ) -> None:
+        super().__init__()
+        if num_frames is not None and num_frames < 2:
+            raise ValueError(f"num_frames must be 2 at least, source and target, got {num_frames}.")
+        self.network_def, self.num_frames, self.default_frames = network_def, num_frames, default_frames
+        self.gammas = None if gammas is None else [float(gamma) for gamma in gammas]
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: object, **kwargs: object) -> Tensor:
+        """
+        Args:
+            inputs: source and target (1, 2, H, W, D), in [-1, 1].
+            network: network whose weights are taken.
+
+        Returns:
+            (1, 3 F, H, W, D), in voxels, the components x, y, z of one frame after the other.
+        """
+        network = _configured(self.network_def, network, inputs)
+        network.gammas = self.gammas or self._evenly(inputs)
+        network(inputs)
+        return network.displacement.flatten(1, 2).float()
+
+    def _evenly(self, inputs: Tensor) -> list[float]:
+        in_cine = int(getattr(inputs, "meta", {}).get("num_frames", 0))
+        count = self.num_frames or (in_cine if in_cine > 2 else self.default_frames)
+        return [i / (count - 1) for i in range(count)]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from scripts.files import written_aside
 
-__all__ = ["AnomalyMetrics", "BinnedScores", "dice"]
+__all__ = ["AnomalyMetrics", "BinnedScores", "CohortMetrics", "dice"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,72 @@ class BinnedScores:
         return np.where(size > 0, 2 * above[1] / np.maximum(size, 1), 1.0)
 
 
-class AnomalyMetrics:
+class CohortMetrics:
+    """Ignite handler that writes an evaluation: a row a case, and the figures of the cohort.
+
+    It reads ``engine.state.batch`` and ``engine.state.output`` after the evaluator's postprocessing, lists with one dict a
+    case. A subclass says what a case's row (``_evaluate``) and what the cohort's figures (``_summarise``) are.
+
+    Args:
+        output_dir: folder of the two files, made if it is missing.
+        filename: name of the table, whose last rows are ``mean`` and ``std``, over the cases that have the figure; the
+            figures of the cohort are in ``<its stem>_summary.json`` and in ``engine.state.metrics``.
+    """
+
+    def __init__(self, output_dir: PathLike, filename: str = "metrics.csv") -> None:
+        self.table_path = Path(output_dir) / filename
+        self.summary_path = self.table_path.with_name(f"{self.table_path.stem}_summary.json")
+        self._reset()
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI evaluator.
+
+        Args:
+            engine: evaluator whose postprocessing yields the dicts that the subclass describes.
+        """
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _reset(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def _update(self, engine: Engine) -> None:
+        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+            self.rows.append(self._evaluate({**batch, **output}))
+
+    def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def _finish(self, engine: Engine) -> None:
+        if not self.rows:
+            logger.warning("No case was evaluated, no metrics are written.")
+            return
+        statistics = [{"case": "mean"}, {"case": "std"}]
+        for key in list(self.rows[0])[1:]:
+            values = np.array([row[key] for row in self.rows], dtype=float)
+            values = values[~np.isnan(values)]
+            for row, statistic in zip(statistics, (np.mean, np.std), strict=True):
+                row[key] = float(statistic(values)) if values.size else math.nan
+        summary = self._summarise(*statistics)
+        engine.state.metrics.update(summary)
+
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows + statistics)
+        finite = {key: value if math.isfinite(value) else None for key, value in summary.items()}  # JSON has no NaN
+        for path, text in ((self.table_path, table.getvalue()), (self.summary_path, json.dumps(finite, indent=4) + "\n")):
+            with written_aside(path) as aside:
+                aside.write_text(text, encoding="utf-8")
+        figures = "\n".join(f"  {key:<24} {value:.4g}" for key, value in summary.items())
+        logger.info(f"Evaluation of {len(self.rows)} case(s), by case in {self.table_path}:\n{figures}")
+
+
+class AnomalyMetrics(CohortMetrics):
     """Ignite handler that writes an anomaly evaluation: a row a case, and the figures pooled over the cohort.
 
     It reads ``engine.state.batch`` and ``engine.state.output`` after the evaluator's postprocessing, lists with one dict a
@@ -176,33 +241,17 @@ class AnomalyMetrics:
         min_lesion_area: int = 20,
         filename: str = "metrics.csv",
     ) -> None:
-        self.table_path = Path(output_dir) / filename
-        self.summary_path = self.table_path.with_name(f"{self.table_path.stem}_summary.json")
         self.value_range = value_range
         self.slice_dim = slice_dim
         self.min_lesion_area = min_lesion_area
-        self._reset()
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a MONAI evaluator.
-
-        Args:
-            engine: evaluator whose postprocessing yields the dicts described above.
-        """
-        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+        super().__init__(output_dir, filename)
 
     def _reset(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        super()._reset()
         self.voxels = BinnedScores(value_range=self.value_range)
         self.lesion_slice_voxels = BinnedScores(value_range=self.value_range)
         self.slices = BinnedScores(value_range=(-16.0, 16.0))  # logits: many probabilities lie close to 0 and 1
         self.sums = torch.zeros(2, 2, dtype=torch.float64)  # healthy slices, lesions: sum of the map, voxels
-
-    def _update(self, engine: Engine) -> None:
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self.rows.append(self._evaluate({**batch, **output}))
 
     def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
         """Count one case into the pooled figures.
@@ -269,22 +318,13 @@ class AnomalyMetrics:
         volume = convert_to_tensor(volume, device="cpu", track_meta=False)[0]
         return volume.movedim(self.slice_dim, 0).flatten(1)
 
-    def _finish(self, engine: Engine) -> None:
-        if not self.rows:
-            logger.warning("No case was evaluated, no metrics are written.")
-            return
-        statistics = [{"case": "mean"}, {"case": "std"}]
-        for key in list(self.rows[0])[1:]:
-            values = np.array([row[key] for row in self.rows], dtype=float)
-            values = values[~np.isnan(values)]
-            for row, statistic in zip(statistics, (np.mean, np.std), strict=True):
-                row[key] = float(statistic(values)) if values.size else math.nan
+    def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
         best_dice, best_threshold = self.voxels.best_dice()
         healthy_mean, lesion_mean = self.sums[:, 0] / self.sums[:, 1]
-        summary = {
+        return {
             "num_cases": len(self.rows),
-            "dice_mean": statistics[0]["dice"],
-            "dice_std": statistics[1]["dice"],
+            "dice_mean": mean["dice"],
+            "dice_std": std["dice"],
             "best_dice": best_dice,
             "best_threshold": best_threshold,
             "auroc": self.voxels.auroc(),
@@ -296,15 +336,3 @@ class AnomalyMetrics:
             "slice_auprc": self.slices.auprc(),
             "healthy_ratio": (healthy_mean / lesion_mean).item(),
         }
-        engine.state.metrics.update(summary)
-
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows + statistics)
-        finite = {key: value if math.isfinite(value) else None for key, value in summary.items()}  # JSON has no NaN
-        for path, text in ((self.table_path, table.getvalue()), (self.summary_path, json.dumps(finite, indent=4) + "\n")):
-            with written_aside(path) as aside:
-                aside.write_text(text, encoding="utf-8")
-        figures = "\n".join(f"  {key:<24} {value:.4g}" for key, value in summary.items())
-        logger.info(f"Evaluation of {len(self.rows)} case(s), by case in {self.table_path}:\n{figures}")

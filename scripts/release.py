@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from jsonschema import validate
-from monai.bundle import ConfigParser, verify_net_in_out
+from monai.bundle import ConfigParser, verify_metadata, verify_net_in_out
 from monai.bundle.properties import InferProperties, TrainProperties
 from monai.utils import BundleProperty, BundlePropertyConfig
+from PIL import Image
 
 from scripts.benchmark import build_network
 from scripts.files import sha256_of
@@ -72,13 +73,18 @@ def verify(bundle: Path, schema: str | None = None) -> list[str]:
 
     Checked are the files, the metadata (against MONAI's schema, if a file with it is given), MONAI's properties of the
     configurations, the weights (size, SHA-256, tensors only, every name the network's), the network's input and output as
-    the metadata describe them, and a run on a small generated scan whose axes are not RAS.
+    the metadata describe them, and a run: on a small generated scan whose axes are not RAS or, if noise goes into the
+    network, one that generates two images, whose files, seeds and marks are looked at.
+
+    Args:
+        bundle: folder of the bundle.
+        schema: file with MONAI's schema; nothing is downloaded.
     """
     faults = [f"{name} is missing" for name in REQUIRED_FILES if not (bundle / name).is_file()]
     if faults:
         return faults
     meta = json.loads((bundle / "configs" / "metadata.json").read_text())
-    for check in (_metadata_faults, _property_faults, _weight_faults, _network_faults, _orientation_faults):
+    for check in (_metadata_faults, _property_faults, _weight_faults, _network_faults, _run_faults):
         try:
             faults += check(bundle, meta, schema) if check is _metadata_faults else check(bundle, meta)
         except Exception as error:  # a check that can't be made is a fault of its own
@@ -93,7 +99,14 @@ def _metadata_faults(bundle: Path, meta: dict, schema: str | None = None) -> Ite
     if meta.get("version") not in meta.get("changelog", {}):
         yield f"version {meta.get('version')} is not in the changelog"
     if schema:
-        validate(meta, json.loads(Path(schema).read_text()))
+        if not Path(schema).is_file():  # MONAI would fetch it from the address in the metadata
+            raise FileNotFoundError(f"{schema}: no such file; give MONAI's schema of the metadata by --schema")
+        verify_metadata(
+            meta_file=str(bundle / "configs" / "metadata.json"),
+            filepath=schema,
+            hash_val=sha256_of(schema),
+            hash_type="sha256",
+        )
     for word in ("detection", "classification"):
         if word in bundle.name:
             yield f"a name with '{word}' makes MONAI Label's inference fail"
@@ -130,6 +143,11 @@ def _network_faults(bundle: Path, meta: dict) -> Iterator[str]:
     yield from ()
 
 
+def _run_faults(bundle: Path, meta: dict) -> Iterator[str]:
+    generates = meta["network_data_format"]["inputs"]["image"]["type"] == "noise"
+    yield from (_generation_faults if generates else _orientation_faults)(bundle, meta)
+
+
 def _orientation_faults(bundle: Path, meta: dict) -> Iterator[str]:
     """The same scan stored with other axes must give the same result, voxel by voxel."""
     scan = nib.load(bundle / "docs" / "demo.nii.gz")
@@ -145,7 +163,7 @@ def _orientation_faults(bundle: Path, meta: dict) -> Iterator[str]:
         nib.save(nib.Nifti1Image(data, scan.affine), root / "scans" / "plain.nii.gz")
         nib.save(turned, root / "scans" / "turned.nii.gz")
         run_inference(bundle, root / "scans", root / "out")
-        for ending in ("seg", "map", "healthy"):
+        for ending in sorted(p.name.removeprefix("plain_")[:-7] for p in (root / "out" / "plain").glob("*.nii.gz")):
             plain, other = (nib.load(root / "out" / name / f"{name}_{ending}.nii.gz") for name in ("plain", "turned"))
             if other.shape[:3] != turned.shape[:3] or not np.allclose(other.affine, turned.affine):
                 yield f"the {ending} of a scan stored as ASL lies on another grid than the scan"
@@ -153,3 +171,31 @@ def _orientation_faults(bundle: Path, meta: dict) -> Iterator[str]:
             back = nib.as_closest_canonical(other).get_fdata()
             if not np.allclose(back, nib.as_closest_canonical(plain).get_fdata(), atol=1e-2):
                 yield f"the {ending} of a scan stored as ASL differs from that of the same scan stored as it is"
+
+
+def _generation_faults(bundle: Path, meta: dict) -> Iterator[str]:
+    """Every image must say that it is generated, be no flat grey, and come from its seed alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        both, alone = Path(folder) / "both", Path(folder) / "alone"
+        run_inference(bundle, bundle, both, number=2, seed=5, batch_size=1)
+        run_inference(bundle, bundle, alone, number=1, seed=6)
+        with open(both / "generated.csv", newline="") as file:
+            seeds = [row["seed"] for row in csv.DictReader(file)]
+        if seeds != ["5", "6"]:
+            yield f"generated.csv has the seeds {', '.join(seeds)} where 5, 6 were asked for"
+        if not (both / "contact_sheet.png").is_file():
+            yield "there is no contact_sheet.png"
+        for seed in (5, 6):
+            path = both / f"generated_{seed}"
+            picture, nifti = Image.open(f"{path}.png"), nib.load(f"{path}.nii.gz")
+            pixels = np.asarray(picture)
+            if pixels.min() == pixels.max():
+                yield f"the image of seed {seed} is one grey level throughout"
+            if not np.array_equal(pixels.T, np.asarray(nifti.dataobj)[..., 0]):
+                yield f"PNG and NIfTI of seed {seed} differ"
+            for kind, mark in (("PNG", " ".join(picture.text.values())), ("NIfTI", str(nifti.header["descrip"]))):
+                missing = [word for word in ("Generated", meta["name"], meta["version"], str(seed)) if word not in mark]
+                if missing:
+                    yield f"the {kind} of seed {seed} does not say {', '.join(missing)}"
+        if (both / "generated_6.png").read_bytes() != (alone / "generated_6.png").read_bytes():
+            yield "the image of seed 6 depends on what is generated beside it"

@@ -54,6 +54,27 @@ HEADINGS = {
     "slice_auroc": "AUROC of slices",
     "slice_auprc": "AUPRC of slices",
     "healthy_ratio": "map of healthy slices / in lesions",
+    "moving_ml": "moving (ml)",
+    "lv_first_ml": "left ventricle, first frame (ml)",
+    "lv_last_ml": "left ventricle, last frame (ml)",
+    "lv_true_last_ml": "left ventricle, label of the target (ml)",
+    "lv_falls": "left ventricle never grows",
+    "max_displacement_mm": "largest displacement (mm)",
+    "folding_percent": "share that folds (%)",
+    "roughness_mm": "roughness over time (mm)",
+    "psnr": "PSNR (dB)",
+    "still_psnr": "PSNR of the source repeated (dB)",
+    "psnr_gain": "gain in PSNR (dB)",
+    "nmse": "NMSE",
+    "still_nmse": "NMSE of the source repeated",
+    "dice_before": "Dice before",
+    "dice_after": "Dice after",
+    "gap_closed": "share of the Dice gap closed",
+}
+HISTOGRAMS = {  # column: heading, unit
+    "finding_ml": ("Volume of the finding", " ml"),
+    "max_displacement_mm": ("Largest displacement", " mm"),
+    "folding_percent": ("Share that folds", " %"),
 }
 
 STYLE = """
@@ -363,7 +384,7 @@ def _summary(path: Path) -> str:
     if not pairs:
         return ""
     items = "".join(f"<div><dt>{_heading(n)}</dt><dd>{escape(_rounded(value) or '–')}</dd></div>\n" for n, value in pairs)
-    return f"<h2>Against the labels</h2>\n<dl>\n{items}</dl>\n"
+    return f"<h2>Evaluation</h2>\n<dl>\n{items}</dl>\n"
 
 
 def _failures(failures: Sequence[Mapping[str, str]]) -> str:
@@ -405,12 +426,11 @@ def _cases(rows: Sequence[Mapping[str, str]], results_dir: Path, page_dir: Path)
             cells.append(f"<td{' class=number' if name in numbers else ''}>{text}{mark}</td>")
         lines.append(f"<tr{' class=doubtful' if _is_doubtful(row) else ''}>{''.join(cells)}</tr>\n")
 
-    volumes, trusts = ([v for row in rows if not math.isnan(v := _number(row.get(n, "")))] for n in ("finding_ml", "trust"))
     figures, note = "", ""
-    if volumes:
-        edges = MaxNLocator(20).tick_values(0, max(volumes) or 1)
-        figures += _histogram("Volume of the finding", " ml", volumes, edges)
-    if trusts:
+    for column, (heading, unit) in HISTOGRAMS.items():
+        if values := _values(rows, column):
+            figures += _histogram(heading, unit, values, MaxNLocator(20).tick_values(0, max(values) or 1))
+    if trusts := _values(rows, "trust"):
         figures += _histogram("Trust", "", trusts, np.linspace(0, 1, 21), MIN_TRUST)
         note = f'<p class="note">Where the trust is below {MIN_TRUST}, the mask is not to be believed.</p>\n'
     return f"""<div class="figures">
@@ -447,6 +467,11 @@ def _picture(case: str, results_dir: Path, page_dir: Path, pixels: int) -> str:
         f'<img alt="" width="{small.width}" height="{small.height}" loading="lazy" decoding="async" '
         f'data-original="{original}" src="data:image/webp;base64,{data}"></button></td>'
     )
+
+
+def _values(rows: Sequence[Mapping[str, str]], column: str) -> list[float]:
+    """The numbers of a column, without the cells that have none."""
+    return [value for row in rows if not math.isnan(value := _number(row.get(column, "")))]
 
 
 def _histogram(

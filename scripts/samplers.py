@@ -23,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "SOLVERS",
     "alphas_cumprod_table",
+    "antithetic_times",
     "ddim",
     "ddpm",
     "dpmpp_2m",
@@ -33,6 +34,7 @@ __all__ = [
     "multistep",
     "noise_from_v",
     "noise_image",
+    "noise_to_gamma",
     "posterior",
 ]
 
@@ -133,6 +135,26 @@ def draw_noised(
     noise = for_batch(torch.randn, x0.shape, generator)
     a = alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
     return noise_image(x0, noise, a), t, noise
+
+
+def antithetic_times(shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Times in [0, 1), evenly spaced from one random start (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
+
+    Each is uniform by itself, and together they cover the interval, which makes the mean over a batch vary less. To be
+    shared by several processes through :func:`for_batch`.
+    """
+    (number,) = shape
+    start = torch.rand(1, generator=generator, device=device)
+    return (start + torch.arange(number, device=device) / number) % 1
+
+
+def noise_to_gamma(x0: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+    """Noise each clean image (B, ...) to the negative log of the signal-to-noise ratio ``gamma`` (B,), in continuous time.
+
+    As :func:`noise_image` with a = sigmoid(-gamma), but exact in float32 where there is hardly any noise.
+    """
+    gamma = gamma.view(-1, *[1] * (x0.ndim - 1))
+    return torch.sigmoid(-gamma).sqrt() * x0 + torch.sigmoid(gamma).sqrt() * noise
 
 
 def noise_from_v(x: Tensor, v: Tensor, a: Tensor) -> Tensor:
@@ -267,7 +289,7 @@ def ddpm(
         draw_noise: returns standard normal noise in the shape of its argument.
 
     Returns:
-        x at ``levels[-1]``; no noise is added by the step to the clean image.
+        x at ``levels[-1]``; no noise is added by a step to the clean image, where the table is 1.
     """
     for t, s in pairwise(levels):
         a_t, a_s = alphas_cumprod[t].item(), alphas_cumprod[s].item()
@@ -275,7 +297,7 @@ def ddpm(
         noise, fraction = noise if isinstance(noise, tuple) else (noise, None)
         x0 = (x - (1 - a_t) ** 0.5 * noise) / a_t**0.5
         x, lower = posterior(x, x0, a_t, a_s)
-        if s > 0:
+        if lower > 0:
             upper = 1 - a_t / a_s
             deviation = lower**0.5 if fraction is None else (upper / lower) ** (fraction / 2) * lower**0.5
             x = x + deviation * draw_noise(x)

@@ -5,11 +5,8 @@ Pinaya et al. 2022 (arXiv 2206.03461, section 3.1) measure on such slices; the f
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,12 +16,13 @@ from monai.config import PathLike
 from monai.transforms.utils import get_largest_connected_component_mask
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from scripts.datasets import SliceDataset
 from scripts.figures import contrast_figure, overview
 from scripts.files import written_aside
+from scripts.inferers import run_in_batches
 from scripts.metrics import BinnedScores, dice
+from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.transforms import RandSprited, has_foreground
 
 __all__ = ["healthy_images", "paint_sprites", "sprite_scores", "sprite_table", "worst_cases"]
@@ -33,6 +31,14 @@ logger = logging.getLogger(__name__)
 
 FOREGROUND_LEVEL = 0.15  # air in MedNIST's head CT is 0.1
 MAX_DRAWS = 10_000
+COLUMNS = {
+    "best_dice": "⌈DICE⌉",
+    "auprc": "AUPRC",
+    "auroc": "AUROC",
+    "image_auroc": "image AUROC",
+    "image_auprc": "image AUPRC",
+    "seconds": "s a slice",
+}
 
 
 def healthy_images(dataset: SliceDataset, number: int | None = None) -> Tensor:
@@ -102,17 +108,6 @@ def paint_sprites(
     return painted, masks
 
 
-@torch.no_grad()
-def _run(network: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
-    """The network's output (N, C + 2, H, W) on the CPU, and the seconds a slice."""
-    network.eval()  # in training mode a codebook would go on learning
-    device = next(network.parameters()).device
-    begun = time.perf_counter()
-    batches = tqdm(images.split(batch_size), desc="slices", leave=False, disable=None)
-    output = torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
-    return output, (time.perf_counter() - begun) / len(images)
-
-
 def _pooled(maps: Tensor, masks: Tensor) -> BinnedScores:
     scores = BinnedScores(value_range=(0.0, 1.0))
     scores.add(maps, masks)
@@ -141,12 +136,12 @@ def sprite_scores(
     """
     if not len(healthy) or not len(painted):
         raise ValueError(f"healthy and painted slices are needed, got {len(healthy)} and {len(painted)}")
-    _run(network, painted[:1], batch_size)  # the first call pays for set-up
-    output, seconds = _run(network, painted, batch_size)
+    run_in_batches(network, painted[:1], batch_size)  # the first call pays for set-up
+    output, seconds = run_in_batches(network, painted, batch_size)
     pixels = _pooled(output[:, :1], masks)
     best_dice, best_threshold = pixels.best_dice()
 
-    abnormality = torch.cat([output, _run(network, healthy, batch_size)[0]])[:, -1].flatten(1).amax(dim=1)
+    abnormality = torch.cat([output, run_in_batches(network, healthy, batch_size)[0]])[:, -1].flatten(1).amax(dim=1)
     is_painted = torch.arange(len(abnormality)) < len(painted)
     return {
         "best_dice": best_dice,
@@ -218,57 +213,28 @@ def sprite_table(
             scores = sprite_scores(network, healthy, painted, masks, batch_size)
             rows.append({"method": name, "seed": seed, **scores})
             logger.info(f"{name}, sprites {seed}: ⌈DICE⌉ {scores['best_dice']:.3f}, {scores['seconds']:.2f} s a slice")
-    _write_rows(folder / "metrics.csv", rows)
+    write_rows(folder / "metrics.csv", rows)
 
-    summary = {name: _mean_and_std([row for row in rows if row["method"] == name]) for name in networks}
+    summary = mean_and_std(rows)
     with written_aside(folder / "metrics_summary.json") as aside:
         aside.write_text(json.dumps(summary, indent=4) + "\n", encoding="utf-8")
-    logger.info(f"{half} painted and {len(healthy)} healthy slices, {len(seeds)} set(s) of sprites\n{_markdown(summary)}")
+    table = markdown_table(summary, COLUMNS)
+    logger.info(f"{half} painted and {len(healthy)} healthy slices, {len(seeds)} set(s) of sprites\n{table}")
 
     if contrasts:
         points = []
         for least in contrasts:
             painted, masks = paint_sprites(to_paint, seeds[0], radius, (least, least + contrast_width))
             for name in curve_of:
-                maps = _run(networks[name], painted, batch_size)[0][:, :1]
+                maps = run_in_batches(networks[name], painted, batch_size)[0][:, :1]
                 points.append({"method": name, "contrast": least, "best_dice": _pooled(maps, masks).best_dice()[0]})
-        _write_rows(folder / "contrast.csv", points)
+        write_rows(folder / "contrast.csv", points)
         with written_aside(folder / "contrast.png") as aside:
             contrast_figure(aside, points)
     if worst_of:
         with written_aside(folder / "worst_cases.png") as aside:
             worst_cases(aside, networks[worst_of], *sprites[seeds[0]], num_worst, batch_size)
     return rows
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with written_aside(path) as aside:
-        aside.write_text(table.getvalue(), encoding="utf-8")
-
-
-def _mean_and_std(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    values = {key: [row[key] for row in rows] for key in rows[0] if key not in ("method", "seed")}
-    return {key: {"mean": float(np.mean(v)), "std": float(np.std(v))} for key, v in values.items()}
-
-
-def _markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    columns = {
-        "best_dice": "⌈DICE⌉",
-        "auprc": "AUPRC",
-        "auroc": "AUROC",
-        "image_auroc": "image AUROC",
-        "image_auprc": "image AUPRC",
-        "seconds": "s a slice",
-    }
-    lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, figures in summary.items():
-        cells = [f"{figures[key]['mean']:.3f} ± {figures[key]['std']:.3f}" for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def worst_cases(
@@ -287,7 +253,7 @@ def worst_cases(
     Returns:
         the slices' numbers, in the order of the rows.
     """
-    output, _ = _run(network, painted, batch_size)
+    output, _ = run_in_batches(network, painted, batch_size)
     _, threshold = _pooled(output[:, :1], masks).best_dice()
     found = output[:, :1] > threshold
     dices = [dice(pred, mask) for pred, mask in zip(found, masks, strict=True)]

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as monai_transforms
@@ -45,6 +46,7 @@ __all__ = [
     "LoadSequencesd",
     "MapToMask",
     "MapToMaskd",
+    "PICTURE_AFFINE",
     "RandSprited",
     "RandStandInd",
     "RemoveSmallLesions",
@@ -54,11 +56,22 @@ __all__ = [
     "ScaleIntensityByForegroundd",
     "ScaleIntensityByWindow",
     "ScaleIntensityByWindowd",
+    "SeededNoised",
     "Spacingd",
     "SplitPredictiond",
     "cohort_otsu",
     "has_foreground",
+    "seeded_noise",
 ]
+
+# MONAI's arrays of pictures are (x, y) with y downwards; without a word it takes them to be RAS
+PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+MAX_DEFLATE = 1032  # bytes that gzip can make of one
+MAX_VOXELS = 2**29  # of all sequences: 2 GB as float32
+MAX_LEVEL = 1e30  # of a voxel, in its own unit: near the end of float32 results would be infinite
+MIN_EDGE, MAX_LENGTH = 1e-3, 3000.0  # mm, of a voxel and of a scan
 
 
 def has_foreground(image: Tensor, level: float = 0.1, share: float = 0.05) -> Tensor:
@@ -102,6 +115,42 @@ class _PictureReader(PILReader):
         return is_supported_format(filename, self.suffixes)
 
 
+def _check_nifti(path: str | os.PathLike) -> None:
+    """Refuse a file whose header promises more than the file can hold or memory can, or no place of the voxels.
+
+    MONAI takes the memory before it reads, and puts another affine in the place of one that is none.
+    """
+    scan = nib.load(path)
+    count = math.prod(scan.shape)
+    most = os.stat(path).st_size * (MAX_DEFLATE if str(path).endswith(".gz") else 1)
+    if count * scan.get_data_dtype().itemsize > most:
+        raise ValueError(
+            f"{path}: unreadable, cut short or damaged: its header promises {' x '.join(map(str, scan.shape))} voxels; "
+            "copy it again."
+        )
+    if count > MAX_VOXELS:
+        raise ValueError(f"{path}: {count} voxels, more than {MAX_VOXELS}; cut the scan or resample it.")
+    _check_geometry(path, scan.affine, scan.shape)
+
+
+def _check_geometry(path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
+    """Refuse a volume whose affine is none, or says that it is larger than any scanner; a slice may have none."""
+    if len(shape) < 3:
+        return
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    usable = np.isfinite(affine).all() and (edges >= MIN_EDGE).all()
+    if not usable or abs(np.linalg.det(affine[:3, :3] / edges)) < 1e-3:
+        raise ValueError(
+            f"{path}: its affine (sform, qform or pixdim of the header) gives no place or spacing of the voxels; "
+            "convert the scan again from its source."
+        )
+    length = (edges * shape[:3]).max()
+    if length > MAX_LENGTH:
+        raise ValueError(
+            f"{path}: {length / 1000:.3g} m long after its affine; correct the spacing, which has to be in millimetres."
+        )
+
+
 class LoadSequencesd(MapTransform):
     """Read the sequences of a scan into one image (len(sequences), H, W, D), float32, on the scan's own grid.
 
@@ -126,8 +175,8 @@ class LoadSequencesd(MapTransform):
     Raises:
         ValueError: in one line with the file's name and the mend, for a file that is missing, may not be read, can't
             be read or is no image, a folder that isn't one DICOM series (see :func:`scripts.dicom.read_series`), too few
-            axes, the wrong number of sequences, another grid than the first sequence, voxels that are no finite numbers,
-            or (without ``allow_empty``) voxels that are all equal.
+            axes, too many voxels, an affine that is none, the wrong number of sequences, another grid than the first
+            sequence, voxels that are no finite numbers, or (without ``allow_empty``) voxels that are all equal.
     """
 
     def __init__(
@@ -203,12 +252,16 @@ class LoadSequencesd(MapTransform):
             Path(path).expanduser().stat()  # tells a missing file from one behind a closed folder
             if not os.access(Path(path).expanduser(), os.R_OK):
                 raise PermissionError
+            if str(path).endswith((".nii", ".nii.gz")):
+                _check_nifti(path)
             image = self.loader(path)
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, or a folder without DICOM images; check the path.") from error
         except PermissionError as error:
             raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner.") from error
         except Exception as error:  # each of the readers has its own ways to fail
+            if str(error).startswith(f"{path}: "):
+                raise
             raise ValueError(
                 f"{path}: unreadable ({type(error).__name__}), cut short or not an image; copy it again, or convert it "
                 "to NIfTI."
@@ -222,8 +275,12 @@ class LoadSequencesd(MapTransform):
                 f"{path}: {voxels.ndim - 1}-D image, this bundle wants {wanted}; "
                 "give a NIfTI file with a volume (4-D with several sequences) or a folder with a DICOM series."
             )
-        if not voxels.isfinite().all():
-            raise ValueError(f"{path}: NaN or infinite voxels; replace them (numpy.nan_to_num) and save it again.")
+        if not self.picture_reader.verify_suffix(path):
+            _check_geometry(path, convert_to_numpy(image.affine), voxels.shape[1:])
+        if not (voxels.abs() <= MAX_LEVEL).all():
+            raise ValueError(
+                f"{path}: NaN or infinite voxels, or above {MAX_LEVEL:g}; replace them (numpy.nan_to_num) and save it again."
+            )
         for number, channel in enumerate(voxels, start=1):
             if channel.min() == channel.max() and not self.allow_empty:
                 raise ValueError(
@@ -234,8 +291,7 @@ class LoadSequencesd(MapTransform):
     def _place(self, image: MetaTensor, path: str | os.PathLike) -> MetaTensor:
         """The image with the affine of a picture if it is one, and with three axes if they are wanted."""
         if self.picture_reader.verify_suffix(path):
-            # MONAI's arrays of pictures are (x, y) with y downwards; without a word it takes them to be RAS
-            affine = torch.diag(torch.tensor([-1, -1, 1, 1], dtype=torch.float64))
+            affine = torch.from_numpy(PICTURE_AFFINE.copy())
             image = _with_meta(image.as_tensor(), image, affine=affine, original_affine=affine.numpy(), space="RAS")
         if self.as_volume and image.ndim == 3:
             affine = torch.as_tensor(to_affine_nd(3, image.affine))
@@ -248,6 +304,28 @@ class LoadSequencesd(MapTransform):
             )
             image.spatial_ndim = 3  # MONAI keeps the 2 of a picture, by which Resize would drop the new axis again
         return image
+
+
+def seeded_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of any shape, float32, which depends on the seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class SeededNoised(MapTransform):
+    """Draw the noise that a generative network starts from, see :func:`seeded_noise`.
+
+    Args:
+        keys: keys of the noise.
+        shape: its shape (C, H, W[, D]).
+        seed_key: key of the seed, a whole number of 0 or more.
+    """
+
+    def __init__(self, keys: KeysCollection, shape: Sequence[int], seed_key: str = "seed") -> None:
+        super().__init__(keys)
+        self.shape, self.seed_key = tuple(shape), seed_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: seeded_noise(data[self.seed_key], self.shape) for key in self.keys}}
 
 
 class ScaleIntensityByForeground(Transform):

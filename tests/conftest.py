@@ -11,10 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 torch.set_num_threads(1)  # the tests' networks are too small to share out
 ROOT = Path(__file__).resolve().parent.parent
 LGG = ROOT.parent / "shared" / "data" / "lgg"
+ACDC = ROOT.parent / "shared" / "data" / "acdc"
 MEDNIST = ROOT.parent / "shared" / "data" / "mednist"
 
 
@@ -72,6 +74,30 @@ def make_ct_slice(seed: int = 0) -> np.ndarray:
     head[radius < 1] = 255
     head[radius < 0.85] = 110
     return (head + rng.normal(0, 4, head.shape) * (radius < 0.85)).clip(0, 255).astype(np.uint8)
+
+
+def make_cine(num_frames: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A made beating heart (32, 28, 6, num_frames), int16, and its labels: 1 right ventricle, 2 wall, 3 left ventricle."""
+    x, y, z = np.mgrid[-16:16, -14:14, -3:3].astype(float)
+    texture = ndimage.gaussian_filter(np.random.default_rng(seed).normal(0, 1, x.shape), 1.5) * 150
+    cine, labels = [], []
+    for shrunk in np.linspace(1, 0.7, num_frames):
+        radius = np.sqrt((x - 3) ** 2 + y**2 + (0.5 * z) ** 2)
+        label = np.zeros(x.shape, np.uint8)
+        label[(x + 8) ** 2 + y**2 < 16] = 1
+        label[radius < 8] = 2
+        label[radius < 6 * shrunk] = 3
+        labels.append(label)
+        cine.append(np.array([80, 300, 120, 300])[label] + texture)
+    return np.stack(cine, axis=-1).round().astype(np.int16), np.stack(labels, axis=-1)
+
+
+def save_turned(folder: Path, cine: np.ndarray, affine: np.ndarray) -> list[Path]:
+    """Write a cine as it is (``ras.nii.gz``, as its affine has to be) and stored with other axes (``asl.nii.gz``)."""
+    ras = nib.Nifti1Image(cine, affine)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("ASL"))
+    images = {"ras": ras, "asl": ras.as_reoriented(turn)}
+    return [save_nifti(folder / f"{name}.nii.gz", np.asarray(i.dataobj), i.affine) for name, i in images.items()]
 
 
 @pytest.fixture(scope="session")

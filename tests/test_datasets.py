@@ -21,7 +21,9 @@ from scripts.datasets import (
     SliceDataset,
     add_slice_labels,
     find_cases,
+    find_cines,
     folder_pair,
+    generated_cases,
     root_cause,
     section_by_order,
     section_of,
@@ -171,6 +173,13 @@ def test_a_folder_without_pictures_of_its_own_is_told_what_is_expected(tmp_path,
         find_cases(tmp_path, SEQUENCES)
 
 
+def test_the_class_folder_is_taken_out_of_several(tmp_path):
+    touch(tmp_path, "HeadCT/000000.jpeg", "CXR/000000.jpeg", "CXR/000001.jpeg")
+    found = find_cases(tmp_path, SEQUENCES, pictures=True, class_folder="CXR")
+    assert found == find_cases(tmp_path / "CXR", SEQUENCES, pictures=True)
+    assert found == find_cases(tmp_path / "CXR", SEQUENCES, pictures=True, class_folder="CXR")
+
+
 def test_pictures_in_a_sub_folder_do_not_join_a_folders_own_cases(tmp_path):
     touch(tmp_path, "a.nii.gz", "HeadCT/000000.jpeg")
     assert names_of(find_cases(tmp_path, SEQUENCES, pictures=True)) == ["a"]
@@ -209,6 +218,95 @@ def test_an_empty_section_of_pictures_is_told_with_the_folder(tmp_path):
 def test_without_pictures_an_empty_section_is_an_empty_list(tmp_path):
     touch(tmp_path, "a.nii.gz")
     assert sorted(len(find_cases(tmp_path, SEQUENCES, section=section)) for section in SECTIONS) == [0, 0, 1]
+
+
+# --- find_cines
+
+
+def test_acdc_names_the_frames_in_its_info_file_and_counts_them_from_1(tmp_path):
+    touch(tmp_path / "p1", "p1_4d.nii.gz", "p1_frame01_gt.nii.gz", "p1_frame12_gt.nii.gz", "p1_frame01.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: DCM\nNbFrame: 30\n")
+    (case,) = find_cines(tmp_path)
+    assert case == {
+        "case": "p1",
+        "patient": "p1",
+        "image": str(tmp_path / "p1/p1_4d.nii.gz"),
+        "frames": (0, 11),
+        "label": str(tmp_path / "p1/p1_frame01_gt.nii.gz"),
+        "target_label": str(tmp_path / "p1/p1_frame12_gt.nii.gz"),
+    }
+    assert find_cines(tmp_path / "p1") == [case]
+
+
+def test_an_info_file_without_the_frames_is_told_with_its_name(tmp_path):
+    touch(tmp_path / "p1", "p1_4d.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text("ED: 0\nES: 12\n")
+    with pytest.raises(ValueError, match=r"Info\.cfg: needs the lines"):
+        find_cines(tmp_path)
+
+
+def test_cropped_acdc_goes_from_the_first_frame_to_the_last(tmp_path):
+    touch(tmp_path / "p1", "p1_ed2es.nii.gz", "info.json", "p1_ed_gt.nii.gz", "p1_es_gt.nii.gz")
+    (case,) = find_cines(tmp_path)
+    assert case["image"] == str(tmp_path / "p1/p1_ed2es.nii.gz") and "frames" not in case
+    assert case["label"].endswith("p1_ed_gt.nii.gz") and case["target_label"].endswith("p1_es_gt.nii.gz")
+
+
+def test_two_files_of_a_folder_are_the_ends_of_a_cine(tmp_path):
+    touch(tmp_path, "a/x_ed.nii.gz", "a/x_es.nii", "a/x_ed_gt.nii.gz", "b/y_ed.nii.gz")
+    (case,) = find_cines(tmp_path)
+    assert case["case"] == "a" and case["image"] == [str(tmp_path / "a/x_ed.nii.gz"), str(tmp_path / "a/x_es.nii")]
+    assert case["label"] == str(tmp_path / "a/x_ed_gt.nii.gz") and "target_label" not in case
+
+
+def test_files_of_a_flat_folder_go_from_the_first_frame_to_the_last_unless_a_table_says_which(tmp_path):
+    touch(tmp_path, "a.nii.gz", "b.nii", "b_ed_gt.nii.gz")
+    a, b = find_cines(tmp_path)
+    assert a == {"case": "a", "patient": "a", "image": str(tmp_path / "a.nii.gz")}
+    assert b["image"] == str(tmp_path / "b.nii") and b["label"] == str(tmp_path / "b_ed_gt.nii.gz")
+    table(tmp_path / "frames.csv", ("file", "ed", "es"), ("a.nii.gz", 0, 7), ("b.nii", 3, 1))
+    assert [case["frames"] for case in find_cines(tmp_path)] == [(0, 7), (3, 1)]
+    assert find_cines(tmp_path / "a.nii.gz") == [a]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("file", "ed"), ("a.nii.gz", 0)], "needs the columns file, ed and es"),
+        ([("file", "ed", "es"), ("a.nii.gz", 0, "last")], "line 2 needs two frame numbers"),
+        ([("file", "ed", "es"), ("b.nii.gz", 0, 1)], "no row or no file for a.nii.gz, b.nii.gz"),
+    ],
+)
+def test_a_bad_table_of_frames_is_refused_with_its_name(tmp_path, rows, words):
+    touch(tmp_path, "a.nii.gz")
+    table(tmp_path / "frames.csv", *rows)
+    with pytest.raises(ValueError, match=rf"frames\.csv: .*{words}"):
+        find_cines(tmp_path)
+
+
+@pytest.mark.parametrize("names", [(), ("readme.txt",), ("p1/p1_4d.nii.gz",)])
+def test_a_folder_without_cines_is_told_the_layouts(tmp_path, names):
+    touch(tmp_path, *names)
+    with pytest.raises(FileNotFoundError, match=r"no cine found; expected .*Info\.cfg.*_ed2es.*_es.*frames\.csv"):
+        find_cines(tmp_path)
+
+
+def test_labelled_patients_of_cropped_acdc_are_the_test_and_no_others(tmp_path):
+    names = [f"p{i}" for i in range(60)]
+    for name in names:
+        touch(tmp_path / name, f"{name}_ed2es.nii.gz", *([f"{name}_ed_gt.nii.gz"] if name in ("p3", "p7") else []))
+    sections = {name: [case["case"] for case in find_cines(tmp_path, name)] for name in SECTIONS}
+    assert sections["test"] == ["p3", "p7"] and 2 <= len(sections["validation"]) <= 12
+    assert sorted(sum(sections.values(), [])) == sorted(names)
+
+
+def test_other_cines_are_split_by_the_hash_of_their_patients(tmp_path):
+    touch(tmp_path, *(f"p{i}.nii.gz" for i in range(60)), *(f"p{i}_ed_gt.nii.gz" for i in range(5)))
+    for section in SECTIONS:
+        found = find_cines(tmp_path, section)
+        assert found and all(section_of(case["patient"]) == section for case in found)
+    with pytest.raises(FileNotFoundError, match="none of the 60 cines falls into the test section"):
+        find_cines(tmp_path, "test", fractions=(0.0, 0.1))
 
 
 # --- section_by_order
@@ -353,7 +451,26 @@ def test_training_without_labels_is_refused_with_the_folder_and_the_three_ways(t
     assert str(error.value).startswith(str(tmp_path))
 
 
-# --- unfinished, root_cause, CohortDataset
+# --- generated_cases, unfinished, root_cause, CohortDataset
+
+
+def test_generated_cases_are_numbered_by_their_seeds_and_have_a_class_only_if_one_is_wanted():
+    assert generated_cases(2, seed=9) == [{"case": "generated_9", "seed": 9}, {"case": "generated_10", "seed": 10}]
+    assert generated_cases(1, label=0) == [{"case": "generated_0", "seed": 0, "class_label": 0}]
+
+
+@pytest.mark.parametrize(("number", "seed", "mend"), [(0, 0, "--number"), (1, -1, "--seed"), (2, 2**32 - 1, "--seed")])
+def test_a_number_or_seed_of_images_that_makes_no_sense_is_refused(number, seed, mend):
+    with pytest.raises(ValueError, match=f"{mend} must be"):
+        generated_cases(number, seed)
+
+
+def test_finished_cases_are_looked_up_in_the_named_table(tmp_path):
+    (tmp_path / "generated.csv").write_text("case,seed\ngenerated_1,1\n")
+    cases = generated_cases(4)
+    assert unfinished(cases, tmp_path, table="generated.csv") == [cases[0], *cases[2:]]
+    assert unfinished(cases, tmp_path, rank=1, world_size=2, table="generated.csv") == [cases[3]]
+    assert unfinished(cases, tmp_path) == cases
 
 
 def test_cases_with_a_row_in_the_results_are_finished(tmp_path, caplog):
@@ -385,6 +502,14 @@ def read(data):
     if data["image"] == "bad":
         raise ValueError(f"{data['case']}: not\na scan")
     return {**data, "image": torch.ones(1, 4, 4, 4)}
+
+
+def test_an_error_that_names_no_file_is_told_with_the_first_of_the_case():
+    def fail(data):
+        raise ArithmeticError("no convergence")
+
+    (item,) = CohortDataset([{"case": "a", "image": [None, "/scans/a_flair.nii.gz"]}], fail)
+    assert item == {"case": "a", "failure": "/scans/a_flair.nii.gz: no convergence"}
 
 
 def test_a_case_that_cannot_be_read_does_not_stop_the_others():
@@ -431,6 +556,14 @@ def test_all_bad_cases_are_named_before_any_training():
 def test_training_without_slices_of_a_class_is_refused(labels, found):
     with pytest.raises(ValueError, match=f"healthy.*diseased.*found the classes {found} in 1 cases"):
         SliceDataset([{"case": "a", "image": "x", "label": labels}], cut)
+
+
+def test_a_case_whose_preprocessing_gives_no_slices_is_trained_on_as_a_whole():
+    volume = torch.rand(3, 4, 5, 6).half()
+    dataset = SliceDataset([{"case": "a", "image": "x"}], lambda case: {"image": volume.float()}, classes=(0,))
+    assert len(dataset) == 1
+    assert torch.equal(dataset[0]["image"], volume.float())
+    assert dataset[0]["class_label"] == 0
 
 
 def test_healthy_slices_alone_are_enough_where_they_are_all_that_is_wanted():

@@ -43,3 +43,14 @@ def test_a_network_that_translates_gives_a_volume_with_all_sequences(tmp_path, m
     scan = nib.load(tmp_path / "scan.nii.gz")
     assert scan.shape == (32, 32, 4, 2) and nib.aff2axcodes(scan.affine) == ("R", "A", "S")
     assert np.asarray(scan.dataobj).max() > 0 and scan.header.get_zooms()[:3] == pytest.approx((2, 2, 5))
+
+
+def test_the_drawn_heart_ejects_nearly_half_of_its_blood(tmp_path):
+    demo.draw_cine(tmp_path / "cine.nii.gz", num_slices=3, num_frames=5)
+    file = nib.load(tmp_path / "cine.nii.gz")
+    cine = np.asarray(file.dataobj)
+    assert cine.shape == (96, 96, 3, 5) and file.header.get_zooms()[:3] == (1.5, 1.5, 10.0)
+    middle = cine[48:66, 30:66, 0]  # half of the left ventricle, and nothing of the right one
+    blood = [(middle[..., frame] > 145).sum() for frame in range(5)]
+    assert blood == sorted(blood, reverse=True)
+    assert blood[-1] / blood[0] == pytest.approx(0.56, abs=0.03)

@@ -172,6 +172,13 @@ def without_geometry(folder):
     return save_series(folder, ImagePositionPatient=None)
 
 
+def damaged_position(folder):
+    file = save_series(folder) / "b"
+    place = str(pydicom.dcmread(file).ImagePositionPatient[0]).encode()
+    file.write_bytes(file.read_bytes().replace(place, place[:-1] + b"\xb2"))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "mend"),
     [
@@ -180,8 +187,9 @@ def without_geometry(folder):
         (localizer_of_the_same_series, "localizer lie in different planes; .* a folder of their own"),
         (lambda f: save_series(f, heights=[0, 1, 1, 2, 3]), "lie at the same position; remove copies"),
         (without_geometry, "no ImagePositionPatient; export the series again"),
+        (damaged_position, "b: ImagePositionPatient is not 3 numbers; copy it or export it again"),
     ],
-    ids=["two series", "two thicknesses", "localizer", "two slices at one position", "no position"],
+    ids=["two series", "two thicknesses", "localizer", "two slices at one position", "no position", "damaged position"],
 )
 def test_what_is_not_one_series_is_told_in_one_line_with_the_mend(tmp_path, make, mend):
     with pytest.raises(ValueError, match=mend) as error:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import subprocess
 
 import pytest
+import torch
 
 from scripts.files import sha256_of, written_aside
 
@@ -90,12 +93,42 @@ def test_forgetting_to_write_is_an_error_and_changes_nothing(tmp_path, old):
     assert tree(tmp_path) == old
 
 
+def aside_of(path, process):
+    """The path that a process of this number would write to."""
+    with written_aside(path) as aside:
+        aside.touch()
+    path.unlink()
+    return aside.with_name(aside.name.replace(str(os.getpid()), str(process)))
+
+
 @both
-def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path, write):
-    write_folder(tmp_path / f".a.{os.getpid()}", "half")
+@pytest.mark.parametrize("ending", ["", ".old"])
+@pytest.mark.parametrize("same_number", [True, False])
+def test_what_a_killed_process_left_is_no_obstacle_and_goes(tmp_path, write, ending, same_number):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    aside = aside_of(tmp_path / "a", os.getpid() if same_number else ended.pid)
+    write_folder(aside.with_name(aside.name + ending), "half")
+    write(tmp_path / "a", "old")
     with written_aside(tmp_path / "a") as aside:
         write(aside, "one")
     assert os.listdir(tmp_path) == ["a"] and list(tree(tmp_path).values()) == ["one"]
+
+
+def test_what_a_running_process_writes_stays(tmp_path):
+    write_file(aside_of(tmp_path / "a", os.getppid()), "half")
+    with written_aside(tmp_path / "a") as aside:
+        write_file(aside, "one")
+    assert sorted(tree(tmp_path).values()) == ["half", "one"]
+
+
+def test_saved_tensors_do_not_depend_on_the_process_that_wrote_them(tmp_path, monkeypatch):
+    for node in ("one", "other.example"):
+        monkeypatch.setattr(platform, "node", lambda node=node: node)
+        monkeypatch.setattr(os, "getpid", lambda node=node: len(node))
+        with written_aside(tmp_path / node / "model.pt") as aside:
+            torch.save({"a": torch.arange(3)}, aside)
+    assert sha256_of(tmp_path / "one" / "model.pt") == sha256_of(tmp_path / "other.example" / "model.pt")
 
 
 @pytest.mark.parametrize("size", [0, 5, (1 << 20) + 3])

@@ -291,6 +291,16 @@ def test_the_score_is_of_the_band_of_its_own_everywhere(score):
     torch.testing.assert_close(net(image)[:, -1, 0, 0], net.score(image) / (net.score(image) + healthy))
 
 
+@pytest.mark.parametrize("settings", [{}, {"residual": "both"}, {"residual": "both", "score_band": (700, 900)}])
+def test_inference_and_calibration_encode_a_slice_once(settings):
+    net, calls = network(**settings), []
+    encode = net.autoencoder.encode
+    net.autoencoder.encode = lambda image: calls.append(len(image)) or encode(image)
+    net(images(2))
+    net.calibrate([{"image": images(3)}])
+    assert calls == [2, 3]
+
+
 @pytest.mark.parametrize("score_band", [None, (700, 900)])
 def test_calibration_and_inference_compute_each_map_once(score_band):
     net, calls = network(score_band=score_band), []

@@ -7,7 +7,15 @@ import torch
 from monai.losses import JukeboxLoss
 from torch.distributions import Normal, kl_divergence
 
-from scripts.losses import SpectralLoss, gaussian_kl, variational_bound
+from scripts.losses import (
+    SpectralLoss,
+    binary_entropy,
+    discretised_gaussian,
+    discretised_logistic,
+    gaussian_kl,
+    gradient_difference,
+    variational_bound,
+)
 from scripts.samplers import alphas_cumprod_table, noise_image
 
 A = alphas_cumprod_table()
@@ -136,3 +144,44 @@ def test_the_spectral_loss_has_a_gradient_where_an_amplitude_is_zero():
     image = torch.zeros(1, 1, 8, 8, requires_grad=True)
     SpectralLoss(2)(image, torch.rand(1, 1, 8, 8)).backward()
     assert image.grad.isfinite().all()
+
+
+# --- likelihoods of 8-bit values
+
+VALUES = torch.arange(256, dtype=torch.float64) / 255
+
+
+@pytest.mark.parametrize("likelihood", [discretised_gaussian, discretised_logistic])
+@pytest.mark.parametrize("mean", [-0.02, 0.0, 0.3, 0.4991, 1.01])
+@pytest.mark.parametrize("width", [5e-4, 0.01, 0.3])
+def test_the_probabilities_of_all_values_sum_to_1(likelihood, mean, width):
+    log_p = likelihood(VALUES, torch.full((256,), mean, dtype=torch.float64), width)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    inner = log_p[1:-1]  # the logistic's first and last value stand for all beyond them, too
+    assert inner.argmax() == (VALUES[1:-1] - mean).abs().argmin()
+
+
+def test_the_discretised_gaussian_falls_from_its_mean_as_a_gaussian_does():
+    log_p = discretised_gaussian(VALUES, torch.full((256,), 100 / 255, dtype=torch.float64), 2 / 255)
+    assert (log_p[100] - log_p[103]).item() == pytest.approx(3**2 / (2 * 2**2))
+
+
+def test_the_discretised_logistic_is_the_difference_of_the_distribution_function_also_where_that_underflows():
+    mean, scale = 0.5, 0.02
+    upper, lower = (torch.sigmoid((VALUES[1:-1] + half / 255 - mean) / scale) for half in (0.5, -0.5))
+    found = discretised_logistic(VALUES[1:-1], torch.full((254,), mean, dtype=torch.float64), scale)
+    torch.testing.assert_close(found, (upper - lower).log(), rtol=1e-4, atol=1e-4)
+    far = discretised_logistic(torch.tensor([0.0, 1.0, 0.9]), torch.tensor([1.0, 0.0, 0.0]), 1e-3)
+    assert far.isfinite().all() and far.max() < -800
+
+
+def test_the_entropy_of_a_pixel_is_that_of_a_coin():
+    expected = torch.tensor([0.0, -0.25 * math.log(0.25) - 0.75 * math.log(0.75), math.log(2), 0.0])
+    torch.testing.assert_close(binary_entropy(torch.tensor([0.0, 0.25, 0.5, 1.0])), expected)
+
+
+def test_the_gradient_difference_is_that_of_the_amounts_along_both_axes():
+    flat, ramp = torch.zeros(2, 1, 4, 4), torch.arange(4.0).expand(2, 1, 4, 4)
+    torch.testing.assert_close(gradient_difference(flat, ramp), torch.ones(2))
+    torch.testing.assert_close(gradient_difference(ramp, ramp + ramp.mT), torch.ones(2))
+    assert not gradient_difference(ramp, -ramp).any()

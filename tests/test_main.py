@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, save_patient
 
+from scripts import __main__ as main
 from scripts import release
+from scripts.datasets import generated_cases
+from scripts.handlers import GeneratedSaver
+from scripts.transforms import seeded_noise
 
 NAME = "brain_mri_anomaly_ddim"
+SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
 
 
 def command(*args: object) -> subprocess.CompletedProcess:
@@ -55,8 +60,39 @@ def test_demo_writes_the_results_where_it_says(tmp_path):
 
 
 def test_verify_finds_no_fault_in_the_bundle(bundle):
-    schema = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
-    assert release.verify(bundle, str(schema) if schema.is_file() else None) == []
+    assert release.verify(bundle, str(SCHEMA) if SCHEMA.is_file() else None) == []
+
+
+@pytest.mark.skipif(not SCHEMA.is_file(), reason="MONAI's schema is not there")
+def test_verify_holds_the_metadata_against_monais_schema(copy):
+    edit_metadata(copy, network_data_format={"inputs": {}})
+    meta = json.loads((copy / "configs" / "metadata.json").read_text())
+    with pytest.raises(ValueError, match=r"'outputs' is a required property\s+Failed validating"):
+        list(release._metadata_faults(copy, meta, str(SCHEMA)))
+
+
+def test_verify_takes_the_schema_from_the_given_file_and_never_from_the_network(copy, tmp_path, monkeypatch):
+    meta = json.loads((copy / "configs" / "metadata.json").read_text())
+    monkeypatch.setattr("monai.apps.utils.urlretrieve", lambda *args, **kwargs: pytest.fail("a download was begun"))
+    schema = tmp_path / "schema.json"
+    with pytest.raises(FileNotFoundError, match="schema.json: no such file"):
+        list(release._metadata_faults(copy, meta, str(schema)))
+    schema.write_text(json.dumps({"required": ["version"]}))
+    assert list(release._metadata_faults(copy, meta, str(schema))) == []
+    schema.write_text(json.dumps({"required": ["colour"]}))
+    with pytest.raises(ValueError, match="'colour' is a required property"):
+        list(release._metadata_faults(copy, meta, str(schema)))
+
+
+def test_verify_says_what_is_not_checked_without_a_schema(capsys, monkeypatch):
+    monkeypatch.setattr(release, "verify", lambda bundle, schema: [])
+    main.verify(NAME)
+    assert capsys.readouterr().out.splitlines() == [
+        "not checked, as no --schema is given: the metadata beyond the required keys",
+        f"{NAME}: verified",
+    ]
+    main.verify(NAME, schema="schema.json")
+    assert capsys.readouterr().out.splitlines() == [f"{NAME}: verified"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +152,58 @@ def test_orientation_is_checked_on_demo_scans_of_one_sequence_and_of_several(
     faults = list(release._orientation_faults(tmp_path, {}))
     assert len(faults) == (0 if turned_back else 3)
     assert all("ASL differs" in fault for fault in faults)
+
+
+@pytest.fixture
+def generated(tmp_path, monkeypatch) -> dict[str, object]:
+    """Settings of an inference that is replaced by the saver: images of one grey level, or that depend on their number."""
+    settings = {"flat": False, "together": False}
+
+    def generate(bundle, dataset_dir, output_dir, number, seed, **others):
+        saver = GeneratedSaver(output_dir, {"name": "cxr", "version": "1.0"}, "none.pt", "ddim", 5)
+        saver.start()
+        cases = generated_cases(number, seed)
+        noise = [seeded_noise(case["seed"] + (number if settings["together"] else 0), (1, 8, 8)) for case in cases]
+        pixels = [(255 * image.sigmoid() * (not settings["flat"])).byte() for image in noise]
+        saver.save([{**case, "pred": image} for case, image in zip(cases, pixels, strict=True)])
+        saver.draw_contact_sheet()
+
+    monkeypatch.setattr(release, "run_inference", generate)
+    return settings
+
+
+CXR = {"name": "cxr", "version": "1.0"}
+
+
+def test_images_that_carry_their_mark_and_come_from_their_seeds_are_verified(generated, tmp_path):
+    assert list(release._generation_faults(tmp_path, CXR)) == []
+
+
+def test_verify_tells_images_of_one_grey_level_and_marks_of_another_version(generated, tmp_path):
+    generated["flat"] = True
+    faults = list(release._generation_faults(tmp_path, CXR | {"version": "2.0"}))
+    assert faults == [
+        fault
+        for seed in (5, 6)
+        for fault in (
+            f"the image of seed {seed} is one grey level throughout",
+            f"the PNG of seed {seed} does not say 2.0",
+            f"the NIfTI of seed {seed} does not say 2.0",
+        )
+    ]
+
+
+def test_verify_tells_an_image_that_its_seed_alone_does_not_give(generated, tmp_path):
+    generated["together"] = True
+    assert list(release._generation_faults(tmp_path, CXR)) == ["the image of seed 6 depends on what is generated beside it"]
+
+
+def test_a_network_that_noise_goes_into_is_verified_by_generating(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "_generation_faults", lambda *args: iter(["generated"]))
+    monkeypatch.setattr(release, "_orientation_faults", lambda *args: iter(["turned"]))
+    for kind, fault in (("noise", "generated"), ("image", "turned")):
+        meta = {"network_data_format": {"inputs": {"image": {"type": kind}}}}
+        assert list(release._run_faults(tmp_path, meta)) == [fault]
 
 
 def test_benchmark_and_tune_print_their_tables(tmp_path):

@@ -9,15 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_ct_slice, rows_of, run, save_patient
+from conftest import ROOT, make_cine, make_ct_slice, rows_of, run, save_nifti, save_patient
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.datasets import section_of
 
-BRAIN, HEAD_CT = (ROOT / "bundles" / name for name in ("brain_mri_anomaly_ddim", "head_ct_anomaly_ldm"))
+BUNDLES = (
+    "brain_mri_anomaly_ddim",
+    "head_ct_anomaly_ldm",
+    "chest_xray_generative_vdm",
+    "cardiac_mri_deformable_diffusion",
+)
+BRAIN, HEAD_CT, CHEST, CARDIAC = (ROOT / "bundles" / name for name in BUNDLES)
 
 
 def torchrun(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.Popen:
@@ -60,6 +67,17 @@ def patients(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def cines(tmp_path_factory) -> Path:
+    """Four cines for the training and one for the validation."""
+    folder = tmp_path_factory.mktemp("cines")
+    names = [f"p{i}" for i in range(40)]
+    training = [name for name in names if section_of(name) == "training"][:4]
+    for seed, name in enumerate((*training, next(name for name in names if section_of(name) == "validation"))):
+        save_nifti(folder / f"{name}.nii.gz", make_cine(4, seed)[0], np.diag([1.5, 1.5, 3.15, 1.0]))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(36):
@@ -67,14 +85,19 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["brain", "autoencoder", "diffusion"])
-def test_training_in_two_processes_is_that_of_one_with_twice_the_batch(patients, pictures, tmp_path, case):
-    bundle, data = (BRAIN, patients) if case == "brain" else (HEAD_CT, pictures)
-    files = ["configs/train.json", *(["configs/train_autoencoder.json"] if case == "autoencoder" else [])]
+@pytest.mark.parametrize(
+    ("case", "bundle", "overlay"),
+    [("brain", BRAIN, ()), ("head_ct", HEAD_CT, ("autoencoder",)), ("head_ct", HEAD_CT, ())]
+    + [("chest", CHEST, ()), ("chest", CHEST, ("medvdm",)), ("cardiac", CARDIAC, ()), ("cardiac", CARDIAC, ("voxelmorph",))],
+)
+def test_training_in_two_processes_is_that_of_one_with_twice_the_batch(request, tmp_path, case, bundle, overlay):
+    data = request.getfixturevalue({"brain": "patients", "cardiac": "cines"}.get(case, "pictures"))
+    files = ["configs/train.json", *(f"configs/train_{stage}.json" for stage in overlay)]
     states = {}
     for name, batch_size in (("one", 4), ("two", 2)):
         args = ["--dataset_dir", data, "--ckpt_dir", tmp_path / name, "--output_dir", tmp_path / name / "log"]
         args += ["--epochs", 1, "--epoch_length", 3, "--batch_size", batch_size, "--amp", False]
+        args += ["--spatial_size", "[32,32,8]"] if case == "cardiac" else []
         if name == "one":
             done = run(bundle, str(files), *args)
             assert done.returncode == 0, done.stderr

@@ -256,15 +256,25 @@ def test_the_lists_name_every_zip_with_its_hashes(small, tmp_path):
     }
 
 
-def test_monai_reads_names_versions_and_addresses_from_the_list(small, tmp_path, monkeypatch):
-    package_all([small, make_bundle(tmp_path, "small_bundle_2", "1.2.0")], tmp_path / "out", "https://example.org")
-    text = (tmp_path / "out" / "model_info.json").read_text()
-    answer = SimpleNamespace(text=text, raise_for_status=lambda: None)
+def serve_list(monkeypatch, folder: Path) -> None:
+    """Let MONAI find the folder's list wherever it asks for one."""
+    answer = SimpleNamespace(text=(folder / "model_info.json").read_text(), raise_for_status=lambda: None)
     monkeypatch.setattr(monai_scripts, "has_requests", True)
     monkeypatch.setattr(monai_scripts, "requests", SimpleNamespace(get=lambda url, **_: answer))
+
+
+def test_monai_reads_names_versions_and_addresses_from_the_list(small, tmp_path, monkeypatch):
+    package_all([small, make_bundle(tmp_path, "small_bundle_2", "1.2.0")], tmp_path / "out", "https://example.org")
+    serve_list(monkeypatch, tmp_path / "out")
     assert sorted(monai_scripts.get_all_bundles_list()) == [("small_bundle", "0.1.0"), ("small_bundle_2", "1.2.0")]
     found = monai_scripts.get_bundle_info("small_bundle", "0.1.0")
     assert found["browser_download_url"] == "https://example.org/small_bundle_v0.1.0.zip"
+
+
+def test_monais_list_reader_cuts_a_name_at_v_and_the_readme_says_so(tmp_path, monkeypatch):
+    package_all([make_bundle(tmp_path, "xray_generative_vdm")], tmp_path / "out", "https://example.org")
+    serve_list(monkeypatch, tmp_path / "out")
+    assert monai_scripts.get_all_bundles_list() == [("xray_generative", "dm_v0.1.0")]
 
 
 def test_two_bundles_of_one_name_are_refused(small, tmp_path):

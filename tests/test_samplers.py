@@ -21,13 +21,16 @@ import torch
 from scripts.samplers import (
     SOLVERS,
     alphas_cumprod_table,
+    antithetic_times,
     ddim,
     ddpm,
     dpmpp_2m,
+    for_batch,
     level_grid,
     multistep,
     noise_from_v,
     noise_image,
+    noise_to_gamma,
     posterior,
 )
 
@@ -411,3 +414,49 @@ def test_the_same_draws_give_the_same_sample_and_others_another():
     first, second = (ddpm(ideal(0.5), image(1.0), grid, A, draw_noise=seeded_draws()) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, ddpm(ideal(0.5), image(1.0), grid, A))
+
+
+# --- continuous time
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 64])
+def test_antithetic_times_are_evenly_spaced_on_the_circle_from_a_random_start(number):
+    starts = []
+    for seed in range(200):
+        times = antithetic_times((number,), torch.Generator().manual_seed(seed))
+        assert times.shape == (number,) and 0 <= times.min() and times.max() < 1
+        gaps = torch.cat([times.sort().values, times.min().view(1) + 1]).diff()
+        torch.testing.assert_close(gaps, torch.full((number,), 1 / number), rtol=0, atol=1e-6)
+        starts.append(times[0].item())
+    assert torch.histc(torch.tensor(starts), 4, 0, 1).min() > 25
+
+
+def test_processes_share_the_antithetic_times_of_the_whole_batch(monkeypatch):
+    whole = for_batch(antithetic_times, (6,), torch.Generator().manual_seed(0))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        assert torch.equal(for_batch(antithetic_times, (3,), torch.Generator().manual_seed(0)), whole[rank::2])
+
+
+def test_noising_to_gamma_is_noising_to_its_alphas_cumprod():
+    x0, noise = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
+    gamma = torch.tensor([-13.3, -5.0, 0.0, 5.0, 13.3], dtype=torch.float64)
+    expected = noise_image(x0, noise, torch.sigmoid(-gamma).view(-1, 1, 1, 1))
+    torch.testing.assert_close(noise_to_gamma(x0, noise, gamma), expected)
+
+
+def test_hardly_any_noise_is_exact_in_single_precision():
+    gamma, noise = torch.full((1,), -13.3), torch.ones(1, 1)
+    added = noise_to_gamma(torch.zeros(1, 1), noise, gamma).item()
+    assert added == pytest.approx(torch.sigmoid(gamma.double()).sqrt().item(), rel=1e-6)
+    assert torch.sigmoid(-gamma).neg().add(1).sqrt().item() != pytest.approx(added, rel=1e-3)
+
+
+def test_the_last_ancestral_step_adds_noise_where_its_level_is_not_the_clean_image():
+    x, table = torch.zeros(20000, dtype=torch.float64), torch.tensor([0.8, 0.3, 0.01], dtype=torch.float64)
+    mean, variance = posterior(x, x, table[1].item(), table[0].item())
+    assert mean.abs().max() == 0
+    y = ddpm(lambda x, t: torch.zeros_like(x), x, [1, 0], table)
+    assert y.std().item() == pytest.approx(variance**0.5, rel=0.02)

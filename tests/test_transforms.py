@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from scripts.transforms import (
     ScaleIntensityByForegroundd,
     ScaleIntensityByWindow,
     ScaleIntensityByWindowd,
+    SeededNoised,
     Spacingd,
     SplitPredictiond,
     cohort_otsu,
     has_foreground,
+    seeded_noise,
 )
 
 AFFINE = np.array([[0.0, -2, 0, 90], [1.5, 0, 0, -20], [0, 0, -3, 7], [0, 0, 0, 1]])  # neither RAS nor isotropic
@@ -232,6 +235,22 @@ def pair(folder, voxels, affine=AFFINE):
     return [save(folder / "a.nii.gz", noise(8, 8, 8)), save(folder / "b.nii.gz", voxels, affine)]
 
 
+def promise(path, *shape, content=b"", **fields):
+    """A file with the header of a uint8 volume of this shape, and something else after it."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header["dim"][: len(shape) + 1] = len(shape), *shape
+    for name, value in {"magic": b"n+1", "vox_offset": 352, **fields}.items():
+        header[name] = value
+    data = header.binaryblock + bytes(4) + content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def rubbish():
+    return np.random.default_rng(0).bytes(10**6)
+
+
 BAD_INPUTS = {
     "missing file": ("none.nii.gz: no such file", lambda f: f / "none.nii.gz"),
     "folder without images": ("without DICOM", lambda f: f),
@@ -244,10 +263,21 @@ BAD_INPUTS = {
     "2-D NIfTI": ("2-D image", lambda f: save(f / "a.nii.gz", noise(8, 8))),
     "5-D NIfTI": ("4-D image", lambda f: save(f / "a.nii.gz", noise(4, 4, 4, 1, 2))),
     "NaN": ("NaN or infinite", lambda f: save(f / "a.nii.gz", with_voxel(np.nan))),
+    "huge": ("infinite voxels, or above", lambda f: save(f / "a.nii.gz", with_voxel(-2e38))),
     "infinite": ("NaN or infinite", lambda f: save(f / "a.nii.gz", with_voxel(np.inf))),
     "empty": ("all voxels of sequence 1 are 1", lambda f: save(f / "a.nii.gz", np.ones((8, 8, 8), np.float32))),
     "one for two": (r"is 1, this bundle wants 2 \(T1, FLAIR\)", lambda f: save(f / "a.nii.gz", noise(8, 8, 8))),
     "three for two": ("is 3, this bundle wants 2", lambda f: save(f / "a.nii.gz", noise(8, 8, 8, 3))),
+    "more voxels than bytes": ("damaged: its header promises 99", lambda f: promise(f / "a.nii", 99, 99, 99)),
+    "more than gzip packs": ("damaged: its header promises 3", lambda f: promise(f / "a.nii.gz", *[30000] * 3)),
+    "more than memory": ("1000000000 voxels, more than", lambda f: promise(f / "a.nii.gz", *[1000] * 3, content=rubbish())),
+    "no slice": ("0-D image", lambda f: promise(f / "a.nii.gz", 8, 8, 0)),
+    "flat affine": ("affine.*no place", lambda f: promise(f / "a.nii", 8, 8, 8, content=rubbish(), sform_code=1)),
+    "NaN affine": (
+        "affine.*no place",
+        lambda f: promise(f / "a.nii", 8, 8, 8, content=rubbish(), sform_code=1, srow_x=np.nan),
+    ),
+    "metres": ("16 m long", lambda f: save(f / "a.nii.gz", noise(8, 8, 8), np.diag([2000.0, 2, 5, 1]))),
     "list of three": ("list has 3 files", lambda f: [*pair(f, noise(8, 8, 8)), None]),
     "sequence missing": ("no file for FLAIR", lambda f: [save(f / "a.nii.gz", noise(8, 8, 8)), None]),
     "4-D in a list": ("b.nii.gz: 2 sequences where FLAIR", lambda f: pair(f, noise(8, 8, 8, 2))),
@@ -852,3 +882,13 @@ def test_spacing_leaves_alone_what_is_called_like_the_image_and_can_be_undone(tm
     data = preprocessing({"image": path, "image_path": path})
     assert data["image"].shape == (1, 7, 11, 2) and data["image_path"] == path
     assert preprocessing.inverse(data)["image"].shape == (1, 4, 6, 2)
+
+
+def test_noise_is_standard_normal_and_depends_on_the_seed_alone():
+    noise = seeded_noise(3, (1, 64, 64))
+    assert noise.shape == (1, 64, 64) and noise.dtype == torch.float32
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    torch.manual_seed(9)  # the state of the process does not count
+    drawn = SeededNoised(keys="image", shape=[1, 64, 64])({"case": "a", "seed": 3})
+    assert torch.equal(drawn["image"], noise) and drawn["case"] == "a"
+    assert not torch.equal(seeded_noise(4, (1, 64, 64)), noise)

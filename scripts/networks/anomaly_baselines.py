@@ -109,7 +109,6 @@ class TransformerAnomalyNet(QuantisedModel):
         attn_layers_dim: width of the transformer, a multiple of ``attn_layers_heads``.
         attn_layers_depth: number of its layers.
         attn_layers_heads: number of attention heads of a layer.
-        seed: seed of the drawn tokens; every slice gets the same random numbers, so that batches do not matter.
         kwargs: arguments of :class:`scripts.networks.healthy_model.QuantisedModel`.
     """
 
@@ -118,12 +117,10 @@ class TransformerAnomalyNet(QuantisedModel):
         attn_layers_dim: int = 192,
         attn_layers_depth: int = 6,
         attn_layers_heads: int = 6,
-        seed: int = 0,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)
-        self.seed, self.num_embeddings = seed, self.autoencoder.num_embeddings
-        self.latent_size = tuple(edge // 2 ** len(self.autoencoder.channels) for edge in self.spatial_size)
+        self.num_embeddings = self.autoencoder.num_embeddings
         self.ordering = Ordering("raster_scan", spatial_dims=2, dimensions=(1, *self.latent_size))
         self.transformer = DecoderOnlyTransformer(
             num_tokens=self.num_embeddings + 1,  # the last one begins a sequence

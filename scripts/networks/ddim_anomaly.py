@@ -11,8 +11,8 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder, Diff
 from torch import Tensor, nn
 
 from scripts.losses import variational_bound
+from scripts.networks.slice_network import SliceNetwork
 from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_from_v, noise_image
-from scripts.transforms import has_foreground
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
 
@@ -45,7 +45,7 @@ class AttentionPool(nn.Module):
         return self.out(torch.einsum("bnh,bnc->bhc", weight, x).flatten(1))
 
 
-class DDIMAnomalyNet(nn.Module):
+class DDIMAnomalyNet(SliceNetwork):
     """Encode a slice into noise by DDIM, decode it guided towards health, and take the difference.
 
     One module holds the U-Net, which estimates the noise, and the classifier p(class | x_t, t). Both see the slice with
@@ -112,7 +112,7 @@ class DDIMAnomalyNet(nn.Module):
         seed: int = 0,
         amp: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, spatial_size, min_foreground, foreground_level, seed, amp)
         for name, value, known in (
             ("solver", solver, SOLVERS),
             ("mode", mode, ("ddim", "ddpm")),
@@ -125,15 +125,13 @@ class DDIMAnomalyNet(nn.Module):
         multiple = fold * 2 ** max(len(classifier_channels), len(channels) - 1)
         if any(size % multiple for size in spatial_size):
             raise ValueError(f"spatial_size must be multiples of {multiple}, got {tuple(spatial_size)}")
-        self.in_channels, self.spatial_size = in_channels, tuple(spatial_size)
         self.prediction_type, self.num_levels, self.level_power = prediction_type, num_levels, level_power
         self.noise_level, self.gradient_scale, self.num_steps = noise_level, gradient_scale, num_steps
-        self.guidance_steps, self.solver, self.mode, self.seed, self.amp = guidance_steps, solver, mode, seed, amp
+        self.guidance_steps, self.solver, self.mode = guidance_steps, solver, mode
         self.map_weights = tuple(map_weights or [1.0] * in_channels)
         self.darker_weight, self.smoothing, self.gate = darker_weight, smoothing, gate
         if len(self.map_weights) != in_channels:
             raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
-        self.min_foreground, self.foreground_level = min_foreground, foreground_level
 
         folded = in_channels * fold**2
         self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
@@ -266,45 +264,18 @@ class DDIMAnomalyNet(nn.Module):
     def _levels(self) -> list[int]:
         return level_grid(self.noise_level, self.num_steps)
 
-    def _generator(self, x: Tensor, stream: int = 0) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed(2 * self.seed + stream)
-
-    def _draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype).expand_as(x)
-
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
-        """Whole method on a batch of slices.
+    def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Anomaly map (B, 1, H, W), pseudo-healthy slices (B, C, H, W) and probability of disease (B,).
 
         Args:
-            image: slices (B, C, H, W), grey levels in [0, 1]; or volumes (B, C, H, W, D), whose slices are taken as one
-                batch (``SliceInferer`` bounds the memory).
-
-        Returns:
-            (B, C + 2, H, W[, D]): the anomaly map (0 or more; by default the sum of the absolute differences), the C
-            pseudo-healthy sequences, and the probability of disease, constant over a slice. Slices with too little
-            foreground are zero throughout.
-
-        Raises:
-            ValueError: if the number of sequences or the size of the slices is not the network's.
+            image: slices (B, C, H, W), grey levels in [0, 1].
         """
-        if image.ndim == 5:
-            slices = self(image.movedim(-1, 1).flatten(0, 1))
-            return slices.unflatten(0, (len(image), -1)).movedim(1, -1)
-        expected = (self.in_channels, *self.spatial_size)
-        if image.shape[1:] != expected:
-            raise ValueError(f"expected slices of shape {expected}, got {tuple(image.shape[1:])}")
-        output = image.new_zeros(len(image), self.in_channels + 2, *self.spatial_size)
-        seen = has_foreground(image, self.foreground_level, self.min_foreground)
-        if seen.any():
-            image = image[seen].float().contiguous()  # the same rounding however the scan is stored
-            healthy = self.decode(self.encode(image))
-            anomaly = self.anomaly_map(image, healthy)
-            probability = self.probability(image).view(-1, 1, 1, 1).expand_as(anomaly)
-            if self.gate:
-                anomaly = anomaly * probability
-            output[seen] = torch.cat([anomaly, healthy, probability], dim=1).to(output.dtype)
-        return output
+        healthy = self.decode(self.encode(image))
+        anomaly = self.anomaly_map(image, healthy)
+        probability = self.probability(image)
+        if self.gate:
+            anomaly = anomaly * probability.view(-1, 1, 1, 1)
+        return anomaly, healthy, probability
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of U-Net and classifier on the same noised batch; their sum is what training minimises.

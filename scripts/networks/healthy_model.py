@@ -16,6 +16,7 @@ from monai.networks.nets import VQVAE
 from torch import Tensor, nn
 
 from scripts.losses import SpectralLoss
+from scripts.networks.slice_network import SliceNetwork
 from scripts.transforms import has_foreground
 
 __all__ = ["HealthyModel", "QuantisedModel"]
@@ -23,7 +24,7 @@ __all__ = ["HealthyModel", "QuantisedModel"]
 NUM_QUANTILES = 2001  # of what held-out healthy slices give; 0.05 % apart
 
 
-class HealthyModel(nn.Module):
+class HealthyModel(SliceNetwork):
     """A model of healthy slices that makes an anomaly map, a healed slice and a score.
 
     A subclass has ``unlikeness(image)``, a map (B, 1, h, w), 0 or more, on a grid that divides the slice's, and
@@ -44,7 +45,7 @@ class HealthyModel(nn.Module):
         score: ``max``, the most unlike place, or ``mean``, as in the paper.
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
         foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
-        amp: bfloat16 arithmetic in the networks.
+        kwargs: ``seed`` and ``amp``, see :class:`scripts.networks.slice_network.SliceNetwork`.
 
     Raises:
         ValueError: for an unknown score or residual, or a percentile that is none.
@@ -62,19 +63,17 @@ class HealthyModel(nn.Module):
         score: str = "max",
         min_foreground: float = 0.01,
         foreground_level: float = 0.15,
-        amp: bool = False,
+        **kwargs: object,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, spatial_size, min_foreground, foreground_level, **kwargs)
         if score not in ("max", "mean"):
             raise ValueError(f"unknown score '{score}': choose max or mean")
         if residual not in ("image", "both"):
             raise ValueError(f"unknown residual '{residual}': choose image or both")
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must lie in 0 ... 100, got {percentile}")
-        self.in_channels, self.spatial_size = in_channels, tuple(spatial_size)
         self.percentile, self.smoothing = percentile, smoothing
         self.masked_map, self.heal_all, self.residual, self.reduction = masked_map, heal_all, residual, score
-        self.min_foreground, self.foreground_level, self.amp = min_foreground, foreground_level, amp
         self.register_buffer("healthy_places", torch.zeros(NUM_QUANTILES))
         self.register_buffer("healthy_scores", torch.zeros(NUM_QUANTILES))
 
@@ -95,6 +94,10 @@ class HealthyModel(nn.Module):
         """Slices (B, C, H, W) in [0, 1] as the model keeps them when nothing is healed."""
         return image
 
+    def shared(self, image: Tensor) -> dict[str, Tensor]:
+        """Arguments by name that ``unlikeness``, ``heal``, ``restore`` and ``score`` all take, to be computed once."""
+        return {}
+
     def _reduce(self, unlike: Tensor) -> Tensor:
         return unlike.flatten(1).amax(dim=1) if self.reduction == "max" else unlike.flatten(1).mean(dim=1)
 
@@ -112,16 +115,17 @@ class HealthyModel(nn.Module):
 
     def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), healed slices (B, C, H, W) and scores (B,) of slices (B, C, H, W) in [0, 1]."""
-        unlike = self.unlikeness(image)
+        shared = self.shared(image)
+        unlike = self.unlikeness(image, **shared)
         mask = unlike > self.quantile("healthy_places", self.percentile)
-        healed = self.heal(image, torch.ones_like(mask) if self.heal_all else mask)
+        healed = self.heal(image, torch.ones_like(mask) if self.heal_all else mask, **shared)
         difference = (image - healed).abs()
         if self.residual == "both":
-            difference = difference.minimum((self.restore(image) - healed).abs())
+            difference = difference.minimum((self.restore(image, **shared) - healed).abs())
         anomaly = difference.mean(dim=1, keepdim=True)
         if self.masked_map:
             anomaly = anomaly * self.smooth(mask)
-        return anomaly, healed, self.score(image, unlike)
+        return anomaly, healed, self.score(image, unlike, **shared)
 
     def smooth(self, mask: Tensor) -> Tensor:
         """A mask (B, 1, h, w) on the slice's grid, (B, 1, H, W), its border smoothed outwards and inwards, in [0, 1]."""
@@ -145,9 +149,10 @@ class HealthyModel(nn.Module):
             image = batch["image"].to(self.healthy_places.device).float()
             image = image[has_foreground(image, self.foreground_level, self.min_foreground)]
             if len(image):
-                unlike = self.unlikeness(image)
+                shared = self.shared(image)
+                unlike = self.unlikeness(image, **shared)
                 places.append(unlike.flatten())
-                scores.append(self.score(image, unlike))
+                scores.append(self.score(image, unlike, **shared))
         self.train(was_training)
         if not places:
             raise ValueError("no held-out healthy slice shows any foreground: there is nothing to calibrate with")
@@ -156,38 +161,15 @@ class HealthyModel(nn.Module):
             values = torch.cat(values).double().cpu().sort().values  # torch.quantile takes 16 million values at most
             buffer.copy_(values[((len(values) - 1) * steps).round().long()])
 
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
-        """Whole method on a batch of slices.
+    def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Anomaly map (B, 1, H, W), healed slices (B, C, H, W) and abnormality (B,) of slices (B, C, H, W) in [0, 1].
 
-        Args:
-            image: slices (B, C, H, W), grey levels in [0, 1]; or volumes (B, C, H, W, D), whose slices are taken as one
-                batch (``SliceInferer`` bounds the memory).
-
-        Returns:
-            (B, C + 2, H, W[, D]): the anomaly map, 0 or more; the C channels of the healed slice; and the abnormality
-            in [0, 1], constant over a slice, which is score / (score + h) with the ``percentile`` h of the scores of
-            healthy slices, so that 0.5 means "as unlike as the most unlike 2.5 % of healthy slices". Slices with too
-            little foreground are zero throughout.
-
-        Raises:
-            ValueError: if the number of channels or the size of the slices is not the network's.
+        The abnormality is score / (score + h) with the ``percentile`` h of the scores of healthy slices, so that 0.5 means
+        "as unlike as the most unlike 2.5 % of healthy slices".
         """
-        if image.ndim == 5:
-            slices = self(image.movedim(-1, 1).flatten(0, 1))
-            return slices.unflatten(0, (len(image), -1)).movedim(1, -1)
-        expected = (self.in_channels, *self.spatial_size)
-        if image.shape[1:] != expected:
-            raise ValueError(f"expected slices of shape {expected}, got {tuple(image.shape[1:])}")
-        output = image.new_zeros(len(image), self.in_channels + 2, *self.spatial_size)
-        seen = has_foreground(image, self.foreground_level, self.min_foreground)
-        if seen.any():
-            image = image[seen].float().contiguous()  # the same rounding however the scan is stored
-            anomaly, healed, score = self.examine(image)
-            healthy = self.quantile("healthy_scores", self.percentile).clamp(min=1e-12)
-            abnormality = (score / (score + healthy)).view(-1, 1, 1, 1).expand_as(anomaly)
-            output[seen] = torch.cat([anomaly, healed, abnormality], dim=1).to(output.dtype)
-        return output
+        anomaly, healed, score = self.examine(image)
+        healthy = self.quantile("healthy_scores", self.percentile).clamp(min=1e-12)
+        return anomaly, healed, score / (score + healthy)
 
 
 class QuantisedModel(HealthyModel):
@@ -227,6 +209,7 @@ class QuantisedModel(HealthyModel):
         ).to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self.spectral_loss = SpectralLoss(spatial_dims=2)
         self.spectral_weight = spectral_weight
+        self.latent_size = tuple(edge // 2 ** len(channels) for edge in self.spatial_size)
 
     def load_autoencoder(self, path: str | Path) -> None:
         """Take the VQ-VAE, and nothing else, from the weights of such a model (``model.pt``)."""

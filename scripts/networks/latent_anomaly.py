@@ -46,7 +46,6 @@ class LatentAnomalyNet(QuantisedModel):
         solver: of variant d: ``ddim`` (as in the paper), ``heun``, ``multistep`` or ``dpmpp_2m``.
         max_batch: largest number of latents in one call of the U-Net, which bounds the memory; all levels of the band
             are one call where it allows.
-        seed: seed of all noise; every slice gets the same noise, so that batches do not matter.
         kwargs: arguments of :class:`scripts.networks.healthy_model.QuantisedModel`.
 
     Raises:
@@ -69,7 +68,6 @@ class LatentAnomalyNet(QuantisedModel):
         num_steps: int = 50,
         solver: str = "ddim",
         max_batch: int = 256,
-        seed: int = 0,
         **kwargs: object,
     ) -> None:
         if variant not in VARIANTS:
@@ -78,12 +76,13 @@ class LatentAnomalyNet(QuantisedModel):
             raise ValueError(f"unknown solver '{solver}': choose one of {', '.join(SOLVERS)}")
         if not all(1 <= level <= num_levels for level in (*band, *(score_band or ()), start_level)):
             raise ValueError(f"band, score_band and start_level must lie in 1 ... {num_levels}")
-        super().__init__(masked_map=variant in "cd", heal_all=variant == "a", **kwargs)
-        self.num_levels, self.level_power, self.variant = num_levels, level_power, variant
+        super().__init__(**kwargs)
+        self.choose(variant)
+        self.num_levels, self.level_power = num_levels, level_power
         self.band, self.band_levels, self.score_band = tuple(band), band_levels, score_band
         self.divergence_smoothing = divergence_smoothing
         self.start_level, self.num_steps, self.solver = start_level, num_steps, solver
-        self.max_batch, self.seed = max_batch, seed
+        self.max_batch = max_batch
 
         latent_channels = self.autoencoder.embedding_dim
         self.unet = DiffusionModelUNet(
@@ -99,6 +98,10 @@ class LatentAnomalyNet(QuantisedModel):
         self.register_buffer("latent_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, latent_channels, 1, 1))
         self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
+
+    def choose(self, variant: str) -> None:
+        """Set the variant, and what follows from it."""
+        self.variant, self.masked_map, self.heal_all = variant, variant in "cd", variant == "a"
 
     def variants(self, names: Sequence[str], batches: Iterable[dict]) -> dict[str, LatentAnomalyNet]:
         """The paper's variants for a table, with its band, 50 levels and 50 steps of DDIM; all share these weights.
@@ -117,7 +120,7 @@ class LatentAnomalyNet(QuantisedModel):
         for name in names:
             found[name] = copy.copy(self if name == "default" else paper)
             if name != "default":
-                found[name].variant, found[name].masked_map, found[name].heal_all = name, name in "cd", name == "a"
+                found[name].choose(name)
         return found
 
     @property
@@ -172,24 +175,33 @@ class LatentAnomalyNet(QuantisedModel):
         """``band_levels`` levels, evenly spaced in a band; the posterior has no width at level 1."""
         return torch.linspace(max(band[0], 2), max(band[1], 2), self.band_levels).round().int().tolist()
 
-    def unlikeness(self, image: Tensor) -> Tensor:
+    def shared(self, image: Tensor) -> dict[str, Tensor]:
+        """The latents of slices (B, C, H, W) in [0, 1], as ``latent``."""
+        return {"latent": self.encode(image)}
+
+    def unlikeness(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
         """Divergence map (B, 1, h, w) of slices (B, C, H, W) in [0, 1], the mean over the band."""
-        return self.divergence(self.encode(image), self._levels(self.band))
+        return self.divergence(self.encode(image) if latent is None else latent, self._levels(self.band))
+
+    def restore(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] after encoding, quantisation and decoding."""
+        return self.decode(self.encode(image) if latent is None else latent)
 
     @torch.no_grad()
-    def score(self, image: Tensor, unlike: Tensor | None = None) -> Tensor:
+    def score(self, image: Tensor, unlike: Tensor | None = None, latent: Tensor | None = None) -> Tensor:
         """Score (B,) of slices (B, C, H, W) in [0, 1]: of the divergence over ``score_band``."""
         if self.score_band is None:
             return super().score(image, unlike)
-        return self._reduce(self.divergence(self.encode(image.float()), self._levels(self.score_band)))
+        latent = self.encode(image.float()) if latent is None else latent
+        return self._reduce(self.divergence(latent, self._levels(self.score_band)))
 
-    def heal(self, image: Tensor, mask: Tensor) -> Tensor:
+    def heal(self, image: Tensor, mask: Tensor, latent: Tensor | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] with the latents inside ``mask`` (B, 1, h, w) drawn by the model (paper, 2.3).
 
         Outside the mask every step puts the noised original back: in variant d always with the same noise, since its
         steps are deterministic; in the others with new one.
         """
-        z0 = self.encode(image)
+        z0 = self.encode(image) if latent is None else latent
         generator = self._generator(z0, 1)
         draw = partial(self._draw, generator=generator)
         first = draw(z0)
@@ -210,17 +222,10 @@ class LatentAnomalyNet(QuantisedModel):
     @torch.no_grad()
     def draw(self, number: int, num_steps: int = 100) -> Tensor:
         """Slices (number, C, H, W) in [0, 1] that the model makes from noise alone."""
-        size = [edge // 2 ** len(self.autoencoder.channels) for edge in self.spatial_size]
-        shape = (number, self.autoencoder.embedding_dim, *size)
+        shape = (number, self.autoencoder.embedding_dim, *self.latent_size)
         noise = torch.randn(shape, generator=self._generator(self.latent_mean, 0), device=self.latent_mean.device)
         levels = level_grid(self.num_levels, num_steps)[::-1]
         return self.decode(SOLVERS["multistep"](self.noise, noise, levels, self.alphas_cumprod)).clamp(0, 1)
-
-    def _generator(self, x: Tensor, stream: int) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed(2 * self.seed + stream)
-
-    def _draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype).expand_as(x)
 
     @torch.no_grad()
     def standardise(self, batches: Iterable[dict]) -> None:

@@ -1,0 +1,212 @@
+"""How well a motion is generated: frames against the real ones, labels at the target, folding, smoothness, volumes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine
+from monai.config import NdarrayOrTensor, PathLike
+from monai.utils import convert_to_numpy
+from skimage.metrics import peak_signal_noise_ratio
+from torch import Tensor
+
+from scripts.figures import volume_curves
+from scripts.files import written_aside
+from scripts.metrics import CohortMetrics, dice
+
+__all__ = [
+    "STRUCTURES",
+    "CineMetrics",
+    "frame_errors",
+    "jacobian_determinant",
+    "second_difference",
+    "structure_dice",
+    "volume_curve",
+]
+
+logger = logging.getLogger(__name__)
+
+STRUCTURES = {"rv": 1, "myo": 2, "lv": 3}  # ACDC's labels: right ventricle, myocardium, left ventricle
+
+
+def jacobian_determinant(displacement: NdarrayOrTensor) -> Tensor:
+    """Determinant of the Jacobian of x -> x + displacement(x), by central differences (one-sided at the border).
+
+    Args:
+        displacement: (3, H, W, D), in voxels along the three axes.
+
+    Returns:
+        (H, W, D): 1 where volume is kept, 0 or less where space folds over. An axis of one voxel has no derivative.
+    """
+    field = torch.as_tensor(displacement)
+    slopes = [torch.gradient(field, dim=axis)[0] if field.shape[axis] > 1 else torch.zeros_like(field) for axis in (1, 2, 3)]
+    jacobian = torch.stack(slopes, dim=-1).movedim(0, -2) + torch.eye(3, dtype=field.dtype, device=field.device)
+    return torch.linalg.det(jacobian)
+
+
+def frame_errors(generated: NdarrayOrTensor, real: NdarrayOrTensor) -> tuple[float, float]:
+    """Mean PSNR and NMSE of the frames between both ends.
+
+    Args:
+        generated: (F, H, W, D).
+        real: (F, H, W, D) in the same unit; PSNR takes its range, over all frames, as the range of the data.
+
+    Returns:
+        peak signal-to-noise ratio in dB, and squared error divided by the squares of the real frame, each of them the mean
+        over the frames 1 to F - 2; NaN if there is none, or there are not as many generated frames as real ones.
+    """
+    generated, real = (convert_to_numpy(cine, dtype=np.float64) for cine in (generated, real))
+    if len(generated) != len(real) or len(real) < 3:
+        return math.nan, math.nan
+    data_range = real.max() - real.min()
+    pairs = list(zip(real[1:-1], generated[1:-1], strict=True))
+    psnr = np.mean([peak_signal_noise_ratio(true, made, data_range=data_range) for true, made in pairs])
+    return float(psnr), float(np.mean([((true - made) ** 2).sum() / (true**2).sum() for true, made in pairs]))
+
+
+def structure_dice(pred: NdarrayOrTensor, label: NdarrayOrTensor) -> dict[str, float]:
+    """Dice of each of :data:`STRUCTURES` between two label maps of one shape; NaN for one that the label map has not."""
+    pred, label = (torch.as_tensor(volume) for volume in (pred, label))
+    return {
+        name: dice(pred == value, label == value) if (label == value).any() else math.nan
+        for name, value in STRUCTURES.items()
+    }
+
+
+def second_difference(displacement: NdarrayOrTensor) -> float:
+    """Mean length of the second difference of a displacement along its frames: 0 for a steady motion.
+
+    Args:
+        displacement: (3 F, H, W, D).
+
+    Returns:
+        in the unit of the displacement; NaN for fewer than three frames.
+    """
+    frames = torch.as_tensor(displacement).reshape(-1, 3, *displacement.shape[1:])
+    if len(frames) < 3:
+        return math.nan
+    return frames.diff(n=2, dim=0).norm(dim=1).mean().item()
+
+
+def volume_curve(labels: NdarrayOrTensor, affine: NdarrayOrTensor, value: int = STRUCTURES["lv"]) -> list[float]:
+    """Volume of a structure in each frame.
+
+    Args:
+        labels: label maps (F, H, W, D).
+        affine: (4, 4), in mm.
+        value: the structure's label.
+
+    Returns:
+        volumes in ml.
+    """
+    voxel_ml = abs(np.linalg.det(np.asarray(affine)[:3, :3])) / 1000
+    return [int(count) * voxel_ml for count in (torch.as_tensor(labels) == value).flatten(1).sum(dim=1)]
+
+
+class CineMetrics(CohortMetrics):
+    """Ignite handler that writes the evaluation of generated cines, see :class:`scripts.metrics.CohortMetrics`.
+
+    A case's dictionary holds
+
+    - ``case``: name;
+    - ``cine``: the real frames (F, H, W, D) from source to target;
+    - ``frames``: the generated ones, as many and evenly spaced, or else there are no figures of the frames;
+    - ``displacement``: (3 F, H, W, D) in mm; ``folding``: largest share of voxels, over the frames, that it folds;
+    - if there are labels, ``label`` and ``target_label`` (1, H, W, D) of both ends, and ``labels`` (F, H, W, D), the former
+      warped to every frame.
+
+    Columns of ``metrics.csv`` (NaN where a figure does not exist):
+
+    - ``psnr`` (dB) and ``nmse``: generated against real frames, both ends left out; ``still_psnr`` and ``still_nmse``: of
+      the source repeated; ``psnr_gain``: the difference in dB;
+    - ``dice_before``, ``dice_after``: label maps of source and last generated frame against the target's, mean over the
+      structures; ``gap_closed``: (after - before) / (1 - before); ``dice_after_rv``, ``dice_after_myo``, ``dice_after_lv``
+      and the same with ``before``;
+    - ``folding_percent``: share of voxels that fold; ``roughness_mm``: mean second difference of the displacement along the
+      frames;
+    - ``lv_first_ml``, ``lv_last_ml``, ``lv_true_last_ml``: volumes of the left ventricle at the source, at the last frame,
+      and of the target's label map; ``lv_falls``: 1 if it never rises from one frame to the next, else 0.
+
+    The figures of the cohort are the means (``lv_falls``: share of the cases), but for ``gap_closed``, which is that of the
+    mean Dice before and after, as the literature has it. ``lv_volume.png`` draws the volumes, a line a case.
+
+    Args:
+        output_dir: folder of the files, made if it is missing.
+        filename: name of the table.
+    """
+
+    def __init__(self, output_dir: PathLike, filename: str = "metrics.csv") -> None:
+        super().__init__(output_dir, filename)
+        self.figure_path = self.table_path.with_name("lv_volume.png")
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.curves: dict[str, list[float]] = {}
+
+    def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        cine = case["cine"]
+        psnr, nmse = frame_errors(case["frames"], cine)
+        still_psnr, still_nmse = frame_errors(cine[:1].expand(len(case["frames"]), -1, -1, -1), cine)
+        return {
+            "case": case["case"],
+            "frames": len(case["frames"]),
+            "psnr": psnr,
+            "still_psnr": still_psnr,
+            "psnr_gain": psnr - still_psnr,
+            "nmse": nmse,
+            "still_nmse": still_nmse,
+            **self._overlap(case),
+            "folding_percent": 100 * case["folding"],
+            "roughness_mm": second_difference(case["displacement"]),
+            **self._volumes(case),
+        }
+
+    def _overlap(self, case: Mapping[str, Any]) -> dict[str, float]:
+        empty = dict.fromkeys(STRUCTURES, math.nan)
+        target = case.get("target_label")
+        has_both = target is not None and case.get("label") is not None
+        before = structure_dice(case["label"][0], target[0]) if has_both else empty
+        after = structure_dice(case["labels"][-1].cpu(), target[0]) if has_both else empty
+        means = [_mean(dices.values()) for dices in (before, after)]
+        return {
+            "dice_before": means[0],
+            "dice_after": means[1],
+            "gap_closed": _gap_closed(*means),
+            **{f"dice_before_{name}": value for name, value in before.items()},
+            **{f"dice_after_{name}": value for name, value in after.items()},
+        }
+
+    def _volumes(self, case: Mapping[str, Any]) -> dict[str, float]:
+        affine, target = case["cine"].affine, case.get("target_label")
+        true_last = math.nan if target is None else volume_curve(target, affine)[0]
+        if "labels" not in case:
+            return {"lv_first_ml": math.nan, "lv_last_ml": math.nan, "lv_true_last_ml": true_last, "lv_falls": math.nan}
+        curve = self.curves[case["case"]] = volume_curve(case["labels"], affine)
+        falls = all(later <= earlier for earlier, later in zip(curve, curve[1:], strict=False))
+        return {"lv_first_ml": curve[0], "lv_last_ml": curve[-1], "lv_true_last_ml": true_last, "lv_falls": int(falls)}
+
+    def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
+        figures = {name: value for name, value in mean.items() if name not in ("case", "frames")}
+        gap_closed = _gap_closed(mean["dice_before"], mean["dice_after"])
+        return {"num_cases": len(self.rows), **figures, "gap_closed": gap_closed}
+
+    def _finish(self, engine: Engine) -> None:
+        super()._finish(engine)
+        if self.curves:
+            with written_aside(self.figure_path) as aside:
+                volume_curves(aside, self.curves)
+
+
+def _mean(values: Any) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _gap_closed(before: float, after: float) -> float:
+    """Share of the way from a Dice to 1; NaN where that is no way."""
+    return (after - before) / (1 - before) if before < 1 else math.nan

@@ -1,0 +1,306 @@
+"""The frames of a cine between two of its phases, made by deforming the first one.
+
+:class:`DeformableDiffusionNet` is the method of B. Kim and J. C. Ye, *Diffusion Deformable Model for 4D Temporal Medical
+Image Generation*, MICCAI 2022, arXiv 2206.13295; :class:`VoxelMorphNet` is what it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+from monai.networks.blocks import DVF2DDF, Convolution, Warp
+from monai.networks.nets import DiffusionModelUNet, VoxelMorphUNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
+
+__all__ = ["CineNet", "DeformableDiffusionNet", "VoxelMorphNet"]
+
+MULTIPLE = 8  # of every spatial size: three halvings in each network
+
+
+class LeanVoxelMorphUNet(VoxelMorphUNet):
+    """MONAI's VoxelMorphUNet, the same weights and result with less than half of the work.
+
+    Where MONAI convolves a skipped map and an upsampled one side by side, each is convolved by itself with its share of
+    the kernel. Nearest upsampling followed by a convolution of 3 x 3 x 3 is one transposed convolution of 4 x 4 x 4 with
+    stride 2, which has 8 factors a voxel in place of 27 and never makes the upsampled map.
+
+    Args:
+        lean: False for MONAI's own way.
+        kwargs: arguments of :class:`monai.networks.nets.VoxelMorphUNet`.
+    """
+
+    def __init__(self, lean: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.lean = lean
+
+    def forward(self, concatenated_pairs: Tensor) -> Tensor:
+        """Images (B, C, H, W, D), sizes being multiples of 8, to a field (B, 3, H, W, D)."""
+        if not self.lean:
+            return super().forward(concatenated_pairs)
+        block, final = self.net
+        return final(self._run(block, concatenated_pairs.contiguous(memory_format=torch.channels_last_3d)))
+
+    def _run(self, block: nn.Sequential, x: Tensor) -> Tensor:
+        """Result of a level before it is upsampled."""
+        if len(block) == 2:  # the lowest level: convolution and upsampling
+            return block[0](x)
+        down, skip, up = block
+        high = down(x)
+        low = self._run(skip.submodule, high)
+        up = up if isinstance(up, Convolution) else up[0]
+        return up.adn(self._convolve(up.conv, high, low))
+
+    @staticmethod
+    def _convolve(conv: nn.Conv3d, high: Tensor, low: Tensor) -> Tensor:
+        of_high, of_low = conv.weight.split([high.shape[1], low.shape[1]], dim=1)
+        taps = of_low.flip(2, 3, 4).flatten(0, 1)[:, None]
+        kernel = functional.conv3d(taps, taps.new_ones(1, 1, 2, 2, 2), padding=1)  # every low voxel stands for 2 x 2 x 2
+        kernel = kernel.view(*of_low.shape[:2], 4, 4, 4).transpose(0, 1)
+        upsampled = functional.conv_transpose3d(low, kernel, stride=2, padding=1)
+        return functional.conv3d(high, of_high, conv.bias, padding=1).add_(upsampled)
+
+
+class CineNet(nn.Module):
+    """Frames between a source and a target volume, each the source deformed a part of the way.
+
+    A method gives :meth:`motion`, what is found once for a pair, and :meth:`fields`, the displacements at fractions γ of
+    the way; γ = 0 is the source itself, exactly.
+
+    Args:
+        num_frames: number of frames from source (γ = 0) to target (γ = 1), both counted, evenly spaced.
+        gammas: the fractions themselves, in place of ``num_frames``.
+        similarity_weight: weight of similarity and smoothness in the training (λ of the paper).
+        smoothness: weight of the smoothness beside the similarity.
+        frames_weight: weight, beside the target's, of a frame between, where a cine has them; 0 is the paper's training,
+            which sees source and target alone.
+        window: edge in voxels of the window of the normalised cross-correlation.
+        max_batch: number of frames that go through a network at once.
+        amp: bfloat16 in the networks.
+
+    ``forward`` takes pairs (B, 2, H, W, D), source and target, in [-1, 1], of any size, and returns the frames
+    (B, F, H, W, D). It keeps their fields as ``displacement`` (B, F, 3, H, W, D), in voxels along the three axes:
+    frame(p) = source(p + displacement(p)).
+
+    Raises:
+        ValueError: by ``forward`` for another number of channels or axes; for fractions that are none.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 10,
+        gammas: Sequence[float] | None = None,
+        similarity_weight: float = 20.0,
+        smoothness: float = 1.0,
+        frames_weight: float = 0.0,
+        window: int = 9,
+        max_batch: int = 5,
+        amp: bool = False,
+    ) -> None:
+        super().__init__()
+        if gammas is None and num_frames < 2:
+            raise ValueError(f"num_frames ({num_frames}) must be at least 2, source and target")
+        self.gammas = [i / (num_frames - 1) for i in range(num_frames)] if gammas is None else list(gammas)
+        if not self.gammas or min(self.gammas) < 0 or max(self.gammas) > 1:
+            raise ValueError(f"gammas must lie in 0 ... 1, 0 being the source and 1 the target; got {self.gammas}")
+        self.similarity_weight, self.smoothness, self.frames_weight = similarity_weight, smoothness, frames_weight
+        self.max_batch, self.amp = max_batch, amp
+        self.warp = Warp(padding_mode="border")
+        self.similarity = LocalNormalizedCrossCorrelationLoss(kernel_size=window)
+        self.roughness = DiffusionLoss()
+        self.displacement: Tensor | None = None
+
+    def motion(self, source: Tensor, target: Tensor) -> Any:
+        """What is found once for pairs (B, 1, H, W, D), sizes being multiples of 8."""
+        raise NotImplementedError
+
+    def fields(self, source: Tensor, motion: Any, gammas: Sequence[float]) -> Tensor:
+        """Displacements (B, F, 3, H, W, D) in voxels at the fractions γ of the way."""
+        raise NotImplementedError
+
+    def _in_half(self, network: nn.Module, *inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.amp):
+            return network(*inputs).float()
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        if image.ndim != 5 or image.shape[1] != 2:
+            raise ValueError(f"image must be (B, 2, H, W, D), source and target; got {tuple(image.shape)}")
+        size = image.shape[2:]
+        padding = [p for n in reversed(size) for p in (0, -n % MULTIPLE)]
+        source, target = functional.pad(image.float(), padding, mode="replicate").split(1, dim=1)
+        motion = self.motion(source, target)
+        moved = [gamma for gamma in self.gammas if gamma]
+        chunks = [moved[i : i + self.max_batch] for i in range(0, len(moved), self.max_batch)]
+        fields = iter([f for chunk in chunks for f in self.fields(source, motion, chunk).unbind(1)])
+        still, first = source.new_zeros(len(image), 3, *size), image[:, :1].float()
+        self.displacement = torch.stack(
+            [next(fields)[..., : size[0], : size[1], : size[2]] if gamma else still for gamma in self.gammas], dim=1
+        )
+        # interpolation rounds, and the source is to come back as it is
+        frames = [
+            self.warp(first, field) if gamma else first
+            for gamma, field in zip(self.gammas, self.displacement.unbind(1), strict=True)
+        ]
+        return torch.cat(frames, dim=1)
+
+    def _mismatch(self, source: Tensor, field: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """Dissimilarity to a frame (1 - mean squared correlation) of the source deformed, and roughness of the field."""
+        return 1 + self.similarity(self.warp(source, field), frame), self.roughness(field)
+
+    def _losses(self, cine: Tensor, motion: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Similarity and smoothness at the target and, with ``frames_weight``, at one of the frames before it."""
+        source, target, last = cine[:, :1], cine[:, -1:], cine.shape[1] - 1
+        similarity, smoothness = self._mismatch(source, self.fields(source, motion, [1.0])[:, 0], target)
+        if self.frames_weight and last > 1:
+            k = int(torch.rand((), generator=generator, device=generator.device) * last)  # the same in all processes
+            field = self.fields(source, motion, [k / last])[:, 0]
+            between = self._mismatch(source, field, cine[:, k : k + 1])
+            similarity = similarity + self.frames_weight * between[0]
+            smoothness = smoothness + self.frames_weight * between[1]
+        return {
+            "similarity": self.similarity_weight * similarity,
+            "smoothness": self.similarity_weight * self.smoothness * smoothness,
+        }
+
+
+class DeformableDiffusionNet(CineNet):
+    """Diffusion deformable model (DDM).
+
+    A diffusion module G estimates the noise in the noised target from source, target and noised target; its estimate is
+    the latent code c = G(S, T, T, 0). A deformation module M makes the field from the source and the scaled code,
+    M(S, γ·c), which is a geodesic path from source to target. So that the way begins at the source, what M says without
+    a code fades out along it: φ_γ = M(S, γ·c) - (1 - γ)·M(S, 0), which leaves the target's field M(S, c) as it is.
+
+    Args:
+        channels: of the diffusion module, level by level.
+        deformation_channels: of the deformation module, down and up in pairs, level by level.
+        deformation_out: channels of the deformation module before its last convolutions.
+        final_channels: of the last convolutions but one.
+        num_levels: noise levels.
+        lean: make the deformation module's work less, see :class:`LeanVoxelMorphUNet`.
+        clean_share: share of the training's batches whose code comes from the target without noise, as at inference; 0 in
+            the paper.
+        kwargs: arguments of :class:`CineNet`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (8, 16, 32, 32),
+        deformation_channels: Sequence[int] = (16, 32, 32, 32, 32, 32),
+        deformation_out: int = 16,
+        final_channels: Sequence[int] = (8,),
+        num_levels: int = 2000,
+        lean: bool = True,
+        clean_share: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.clean_share = clean_share
+        self.diffusion = DiffusionModelUNet(
+            spatial_dims=3,
+            in_channels=3,
+            out_channels=1,
+            num_res_blocks=1,
+            channels=channels,
+            attention_levels=[False] * len(channels),
+            norm_num_groups=min(8, channels[0]),
+        ).to(memory_format=torch.channels_last_3d)
+        self.deformation = LeanVoxelMorphUNet(
+            lean,
+            spatial_dims=3,
+            in_channels=2,
+            unet_out_channels=deformation_out,
+            channels=deformation_channels,
+            final_conv_channels=final_channels,
+        ).to(memory_format=torch.channels_last_3d)
+        table = alphas_cumprod_table("linear", num_levels, 1e-6, 1e-2)
+        self.register_buffer("alphas_cumprod", table, persistent=False)
+
+    @property
+    def published(self) -> dict[str, object]:
+        """Settings of the paper's inference: each frame by itself, through the deformation module as it is, in 32 bits."""
+        return {"lean": False, "max_batch": 1, "amp": False}
+
+    def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """Estimated noise G(S, T, x_t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""
+        return self._in_half(self.diffusion, torch.cat([source, target, noised], dim=1), t)
+
+    def motion(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent code (B, 1, H, W, D), and the fields (B, 1, 3, H, W, D) that come without one."""
+        code = self.noise(source, target, target, torch.zeros(len(source), device=source.device))
+        return code, self.fields(source, (code, 0.0), [0.0])
+
+    def fields(self, source: Tensor, motion: tuple[Tensor, Tensor | float], gammas: Sequence[float]) -> Tensor:
+        code, without = motion
+        pairs = torch.stack([torch.cat([source, gamma * code], dim=1) for gamma in gammas], dim=1)
+        fields = self._in_half(self.deformation, pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
+        return fields - (1 - torch.tensor(gammas).to(fields)).view(-1, 1, 1, 1, 1) * without
+
+    def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of both modules (eq. 5 to 7 of the paper).
+
+        Args:
+            image: cines (B, F, H, W, D) in [-1, 1], first frame source, last one target, sizes being multiples of 8.
+            class_label: not used.
+            generator: source of levels, noise and frame.
+
+        Returns:
+            ``noise``: mean squared error of the estimated noise; ``similarity`` and ``smoothness``, with their weights.
+        """
+        source, target = image[:, :1], image[:, -1:]
+        clean = for_batch(torch.rand, (len(image),), generator) < self.clean_share
+        noised, t, noise = draw_noised(target, self.alphas_cumprod, generator)
+        noised = torch.where(clean.view(-1, 1, 1, 1, 1), target, noised)
+        code = self.noise(source, target, noised, t.masked_fill(clean, 0))
+        error = (code - noise).square().flatten(1).mean(dim=1).masked_fill(clean, 0).mean()
+        return {"noise": error, **self._losses(image, (code, 0.0), generator)}
+
+
+class VoxelMorphNet(CineNet):
+    """VoxelMorph (Balakrishnan et al. 2019, arXiv 1809.05231), its field scaled by γ or, diffeomorphic, integrated up to γ.
+
+    Args:
+        diffeomorphic: take the network's output for a velocity, integrated over the time γ by scaling and squaring
+            (Dalca et al. 2019, arXiv 1903.03545).
+        channels: down and up in pairs, level by level.
+        out_channels: channels before the last convolutions.
+        final_channels: of the last convolutions but one.
+        integration_steps: number of squarings.
+        kwargs: arguments of :class:`CineNet`.
+    """
+
+    def __init__(
+        self,
+        diffeomorphic: bool = False,
+        channels: Sequence[int] = (16, 32, 32, 32, 32, 32),
+        out_channels: int = 16,
+        final_channels: Sequence[int] = (8,),
+        integration_steps: int = 7,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.registration = LeanVoxelMorphUNet(
+            spatial_dims=3,
+            in_channels=2,
+            unet_out_channels=out_channels,
+            channels=channels,
+            final_conv_channels=final_channels,
+        ).to(memory_format=torch.channels_last_3d)
+        self.integrate = DVF2DDF(integration_steps, padding_mode="border") if diffeomorphic else nn.Identity()
+
+    def motion(self, source: Tensor, target: Tensor) -> Tensor:
+        """Displacement or velocity (B, 3, H, W, D), in voxels."""
+        return self._in_half(self.registration, torch.cat([source, target], dim=1))
+
+    def fields(self, source: Tensor, motion: Tensor, gammas: Sequence[float]) -> Tensor:
+        return torch.stack([self.integrate(gamma * motion) for gamma in gammas], dim=1)
+
+    def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """``similarity`` and ``smoothness`` of cines (B, F, H, W, D), with their weights; arguments as above."""
+        return self._losses(image, self.motion(image[:, :1], image[:, -1:]), generator)

@@ -1,0 +1,90 @@
+"""What the anomaly networks have in common: a method on slices, and an output that MONAI's tools take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from scripts.transforms import has_foreground
+
+__all__ = ["SliceNetwork"]
+
+
+class SliceNetwork(nn.Module):
+    """A network that makes an anomaly map, a healthy version and a probability of each slice that shows enough.
+
+    A subclass has ``analyse(image)``.
+
+    Args:
+        in_channels: number of channels, C.
+        spatial_size: height and width of a slice.
+        min_foreground: slices with a smaller share of foreground are skipped and return zero.
+        foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
+        seed: seed of all noise; every slice gets the same noise, so that batches do not matter.
+        amp: bfloat16 arithmetic in the networks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_size: Sequence[int],
+        min_foreground: float,
+        foreground_level: float,
+        seed: int = 0,
+        amp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.spatial_size = in_channels, tuple(spatial_size)
+        self.min_foreground, self.foreground_level = min_foreground, foreground_level
+        self.seed, self.amp = seed, amp
+
+    def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whole method on slices with foreground.
+
+        Args:
+            image: (B, C, H, W), grey levels in [0, 1], float32.
+
+        Returns:
+            anomaly map (B, 1, H, W), 0 or more; healthy version (B, C, H, W); probability of an anomaly (B,), in [0, 1].
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Whole method on a batch of slices.
+
+        Args:
+            image: slices (B, C, H, W), grey levels in [0, 1]; or volumes (B, C, H, W, D), whose slices are taken as one
+                batch (``SliceInferer`` bounds the memory).
+
+        Returns:
+            (B, C + 2, H, W[, D]): what :meth:`analyse` returns, one after the other, the probability constant over a slice.
+            Slices with too little foreground are zero throughout.
+
+        Raises:
+            ValueError: if the number of channels or the size of the slices is not the network's.
+        """
+        if image.ndim == 5:
+            slices = self(image.movedim(-1, 1).flatten(0, 1))
+            return slices.unflatten(0, (len(image), -1)).movedim(1, -1)
+        expected = (self.in_channels, *self.spatial_size)
+        if image.shape[1:] != expected:
+            raise ValueError(f"expected slices of shape {expected}, got {tuple(image.shape[1:])}")
+        output = image.new_zeros(len(image), self.in_channels + 2, *self.spatial_size)
+        seen = has_foreground(image, self.foreground_level, self.min_foreground)
+        if seen.any():
+            image = image[seen].float().contiguous()  # the same rounding however the scan is stored
+            anomaly, healthy, probability = self.analyse(image)
+            probability = probability.view(-1, 1, 1, 1).expand_as(anomaly)
+            output[seen] = torch.cat([anomaly, healthy, probability], dim=1).to(output.dtype)
+        return output
+
+    def _generator(self, x: Tensor, stream: int = 0) -> torch.Generator:
+        """Source of one of the two streams of random numbers of a method."""
+        return torch.Generator(x.device).manual_seed(2 * self.seed + stream)
+
+    def _draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The same noise for each of the batch x."""
+        return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype).expand_as(x)

@@ -1,0 +1,208 @@
+"""The chest X-ray bundle as a user runs it, with a stand-in for the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, files_below, rows_of
+from jsonschema import validate
+from monai.bundle import verify_net_in_out
+from PIL import Image
+from stand_in import StandInNet
+
+from scripts.generation import draw_samples
+from scripts.networks.orientation import OrientationNet
+from scripts.transforms import seeded_noise
+
+BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
+SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
+NETWORK = {"network_def#_target_": "stand_in.StandInNet", "num_steps": 3}
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Weights of the stand-in."""
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(StandInNet().state_dict(), path)
+    return path
+
+
+def overrides(output_dir: Path, weights: Path, **settings: object) -> dict[str, object]:
+    return {**NETWORK, "checkpointloader#load_path": str(weights), "output_dir": str(output_dir), **settings}
+
+
+def generate(output_dir: Path, weights: Path, **settings: object) -> None:
+    """``monai.bundle run`` in this process, which is faster than in one of its own."""
+    settings = overrides(output_dir, weights, bundle_root=str(BUNDLE), **settings)
+    monai.bundle.run(config_file=str(BUNDLE / "configs" / "inference.json"), **settings)
+
+
+def command(output_dir: Path, weights: Path, config: str = "configs/inference.json", **settings: object) -> list[str]:
+    """Arguments of ``python`` for ``monai.bundle run``."""
+    pairs = overrides(output_dir, weights, **settings).items()
+    options = [text for name, value in pairs for text in (f"--{name}", str(value))]
+    return ["-m", "monai.bundle", "run", "--config_file", config, *options]
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """A picture's grey levels (x, y)."""
+    return np.asarray(Image.open(path)).T
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory, weights) -> Path:
+    output = tmp_path_factory.mktemp("cxr") / "output"
+    generate(output, weights, number=5, seed=3, batch_size=2, sampler="ancestral")
+    return output
+
+
+def test_every_image_is_a_picture_and_a_nifti_file_and_a_row_and_a_sheet_shows_all(cohort):
+    names = [f"generated_{seed}" for seed in range(3, 8)]
+    files = ["contact_sheet.png", "generated.csv", *(f"{name}{e}" for name in names for e in (".nii.gz", ".png"))]
+    assert sorted(files_below(cohort)) == sorted(files)
+    rows = rows_of(cohort / "generated.csv")
+    assert [(row["case"], row["seed"], row["sampler"], row["steps"]) for row in rows] == [
+        (f"generated_{seed}", str(seed), "ancestral", "3") for seed in range(3, 8)
+    ]
+    assert Image.open(cohort / "contact_sheet.png").text["Seed"] == "3 to 7"
+
+
+def test_an_image_is_what_the_network_makes_of_the_noise_of_its_seed(cohort):
+    for seed in (3, 7):
+        image = StandInNet()(seeded_noise(seed, (1, 64, 64))[None])[0, 0]
+        expected = (255 * image).round().byte().numpy()
+        assert np.array_equal(pixels_of(cohort / f"generated_{seed}.png"), expected)
+        nifti = nib.load(cohort / f"generated_{seed}.nii.gz")
+        assert np.array_equal(nifti.dataobj[..., 0], expected) and nifti.get_data_dtype() == np.uint8
+        assert f"seed {seed}" in nifti.header["descrip"].item().decode()
+
+
+def test_a_seed_gives_the_same_files_in_whatever_batch_and_run(cohort, weights, tmp_path):
+    generate(tmp_path / "out", weights, number=2, seed=6)
+    again = files_below(tmp_path / "out")
+    before = files_below(cohort)
+    for name in ("generated_6.png", "generated_6.nii.gz", "generated_7.png"):
+        assert again[name] == before[name]
+
+
+def test_the_class_that_is_asked_for_reaches_the_network_and_the_table(weights, tmp_path):
+    plain, dark = tmp_path / "plain", tmp_path / "dark"
+    generate(plain, weights, number=1)
+    generate(dark, weights, number=1, label=1, num_classes=2)
+    assert rows_of(dark / "generated.csv")[0]["label"] == "1" and rows_of(plain / "generated.csv")[0]["label"] == ""
+    bright = pixels_of(plain / "generated_0.png").astype(int)
+    assert np.abs(pixels_of(dark / "generated_0.png") - bright / 2).max() <= 1
+
+
+def test_a_cohort_that_was_cut_off_is_finished_by_the_next_run_and_nothing_is_done_twice(weights, tmp_path):
+    settings = {"number": 40, "batch_size": 1}
+    process = subprocess.Popen(
+        [sys.executable, *command(tmp_path / "out", weights, **settings)], cwd=BUNDLE, env=ENVIRONMENT, **QUIET
+    )
+    while process.poll() is None and not (tmp_path / "out" / "generated.csv").is_file():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = rows_of(tmp_path / "out" / "generated.csv")
+    assert 0 < len(before) < 40
+    generate(tmp_path / "out", weights, **settings)
+    rows = rows_of(tmp_path / "out" / "generated.csv")
+    assert rows[: len(before)] == before and [int(row["seed"]) for row in rows] == list(range(40))
+    generate(tmp_path / "whole", weights, **settings)
+    cut, whole = (
+        {k: v for k, v in files_below(tmp_path / name).items() if k.startswith(("generated_", "contact"))}
+        for name in ("out", "whole")
+    )
+    assert len(whole) == 81 and cut == whole
+
+
+def test_two_processes_share_the_images(weights, tmp_path):
+    config = "['configs/inference.json','configs/multi_gpu_inference.json']"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, *command(tmp_path, weights, config, number=5)], cwd=BUNDLE, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(int(row["seed"]) for row in rows_of(tmp_path / "generated.csv")) == list(range(5))
+    assert Image.open(tmp_path / "contact_sheet.png").text["Seed"] == "0 to 4"
+
+
+def test_the_evaluation_compares_the_networks_with_held_out_images_of_mednist(weights, tmp_path):
+    (tmp_path / "MedNIST" / "CXR").mkdir(parents=True)
+    (tmp_path / "MedNIST" / "HeadCT").mkdir()
+    for i, image in enumerate(draw_samples(StandInNet(), 72, (1, 64, 64), seed=100)[0]):
+        pixels = (255 * image[0].T).round().byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / "MedNIST" / "CXR" / f"{i:06}.png")
+    (tmp_path / "out").mkdir()
+    torch.save(OrientationNet().state_dict(), tmp_path / "out" / "feature_network.pt")
+    settings = overrides(tmp_path / "out", weights, bundle_root=str(BUNDLE), dataset_dir=str(tmp_path / "MedNIST"))
+    settings |= {"number": 3, "seeds": [0, 1], "medvdm_weights": str(weights), "medvdm#_target_": "stand_in.StandInNet"}
+    configs = [str(BUNDLE / "configs" / f"{name}.json") for name in ("inference", "evaluate")]
+    monai.bundle.run(config_file=configs, **settings)
+    rows = rows_of(tmp_path / "out" / "metrics.csv")
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("real (validation)", "0"),
+        ("default", "0"),
+        ("default", "1"),
+        ("MedVDM", "0"),
+        ("MedVDM", "1"),
+    ]
+    assert rows[1]["floor"] == "" and float(rows[3]["floor"]) == 0.5  # a Bernoulli bound is the paper's model's alone
+    about = json.loads((tmp_path / "out" / "metrics.json").read_text())["about"]
+    assert (about["num_training"], about["num_validation"], about["num_test"]) == (64, 4, 4)
+    settings = settings | {"output_dir": str(tmp_path / "alone"), "medvdm_weights": None, "seeds": [0]}
+    shutil.copytree(tmp_path / "out", tmp_path / "alone")
+    monai.bundle.run(config_file=configs, **settings)
+    assert [row["method"] for row in rows_of(tmp_path / "alone" / "metrics.csv")] == ["real (validation)", "default"]
+
+
+@pytest.mark.skipif(not SCHEMA.is_file(), reason=f"no schema at {SCHEMA}")
+def test_the_metadata_keep_to_the_schema_of_monai():
+    validate(json.loads((BUNDLE / "configs" / "metadata.json").read_text()), json.loads(SCHEMA.read_text()))
+
+
+def test_noise_as_the_metadata_describe_it_goes_through_the_network():
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(BUNDLE / "configs" / "metadata.json"),
+        config_file=str(BUNDLE / "configs" / "inference.json"),
+        device="cpu",
+        **NETWORK,
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ({"number": 0}, "--number must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must be 0 or more"),
+        ({"sampler": "none"}, "unknown sampler 'none': choose"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_a_line_and_nothing_is_written(weights, tmp_path, setting, line):
+    with pytest.raises(RuntimeError) as error:
+        generate(tmp_path / "out", weights, **setting)
+    causes = [error.value]
+    while causes[-1].__cause__:
+        causes.append(causes[-1].__cause__)
+    assert isinstance(causes[-1], ValueError) and str(causes[-1]).startswith(line) and "\n" not in str(causes[-1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_in_one_line(weights, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"file: can't write there \(.*\); choose another --output_dir$"):
+        generate(tmp_path / "file", weights)
