@@ -138,6 +138,10 @@ class LoadCined(LoadSequencesd):
             d[key] = cine
         return d
 
+    def _check_geometry(self, path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
+        if not np.isfinite(affine).all() or np.linalg.norm(affine[:3, :3], axis=0).all():
+            super()._check_geometry(path, affine, shape)  # where a spacing is 0, another one is assumed
+
     def _load_frames(self, path: str | os.PathLike, ends: Sequence[int] | None) -> MetaTensor:
         """The frames of a 4-D file from source to target."""
         cine = self._read(path)

@@ -115,8 +115,8 @@ class _PictureReader(PILReader):
         return is_supported_format(filename, self.suffixes)
 
 
-def _check_nifti(path: str | os.PathLike) -> None:
-    """Refuse a file whose header promises more than the file can hold or memory can, or no place of the voxels.
+def _check_nifti(path: str | os.PathLike) -> nib.spatialimages.SpatialImage:
+    """Refuse a file whose header promises more than the file can hold or memory can, or return it, unread.
 
     MONAI takes the memory before it reads, and puts another affine in the place of one that is none.
     """
@@ -130,7 +130,7 @@ def _check_nifti(path: str | os.PathLike) -> None:
         )
     if count > MAX_VOXELS:
         raise ValueError(f"{path}: {count} voxels, more than {MAX_VOXELS}; cut the scan or resample it.")
-    _check_geometry(path, scan.affine, scan.shape)
+    return scan
 
 
 def _check_geometry(path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
@@ -253,7 +253,8 @@ class LoadSequencesd(MapTransform):
             if not os.access(Path(path).expanduser(), os.R_OK):
                 raise PermissionError
             if str(path).endswith((".nii", ".nii.gz")):
-                _check_nifti(path)
+                scan = _check_nifti(path)
+                self._check_geometry(path, scan.affine, scan.shape)
             image = self.loader(path)
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, or a folder without DICOM images; check the path.") from error
@@ -276,7 +277,7 @@ class LoadSequencesd(MapTransform):
                 "give a NIfTI file with a volume (4-D with several sequences) or a folder with a DICOM series."
             )
         if not self.picture_reader.verify_suffix(path):
-            _check_geometry(path, convert_to_numpy(image.affine), voxels.shape[1:])
+            self._check_geometry(path, convert_to_numpy(image.affine), voxels.shape[1:])
         if not (voxels.abs() <= MAX_LEVEL).all():
             raise ValueError(
                 f"{path}: NaN or infinite voxels, or above {MAX_LEVEL:g}; replace them (numpy.nan_to_num) and save it again."
@@ -287,6 +288,9 @@ class LoadSequencesd(MapTransform):
                     f"{path}: empty, all voxels of sequence {number} are {channel.min():g}; export the scan again."
                 )
         return self._place(image, path)
+
+    def _check_geometry(self, path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
+        _check_geometry(path, affine, shape)
 
     def _place(self, image: MetaTensor, path: str | os.PathLike) -> MetaTensor:
         """The image with the affine of a picture if it is one, and with three axes if they are wanted."""
