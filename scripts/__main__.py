@@ -35,7 +35,7 @@ def _bundle(name: str) -> Path:
 def list_bundles() -> None:
     """Print every bundle with its version and what it does."""
     for bundle in _bundles():
-        meta = json.loads((bundle / "configs" / "metadata.json").read_text())
+        meta = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
         print(f"{bundle.name}  {meta['version']}  {meta['task']}")
 
 
@@ -131,7 +131,7 @@ def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
         seed: seed of the noise.
         num_slices: number of slices.
     """
-    meta = json.loads((_bundle(name) / "configs" / "metadata.json").read_text())
+    meta = json.loads((_bundle(name) / "configs" / "metadata.json").read_text(encoding="utf-8"))
     if "source" in meta["network_data_format"]["inputs"]["image"]["channel_def"].values():
         draw_cine(Path(path), num_slices, seed)
     else:

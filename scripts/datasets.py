@@ -428,7 +428,7 @@ def unfinished(
     results = Path(output_dir) / table
     if overwrite or not results.is_file():
         return cases
-    with open(results, newline="") as file:
+    with open(results, newline="", encoding="utf-8") as file:
         finished = {row["case"] for row in csv.DictReader(file)}
     left = [case for case in cases if case["case"] not in finished]
     if len(left) < len(cases):

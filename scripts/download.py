@@ -227,7 +227,7 @@ def _read(response: HTTPResponse, url: str, size: int) -> bytes:
 def _fetch(url: str, part: Path) -> None:
     """Receive a file into ``part``, from where it ends if the server still has the file that it was begun with."""
     tag = part.with_suffix(".tag")  # the server's mark of the file that the part belongs to
-    begun = tag.read_text() if tag.is_file() else ""
+    begun = tag.read_text(encoding="utf-8") if tag.is_file() else ""
     done = _size(part) if begun else 0
     with _open(url, {"Range": f"bytes={done}-", "If-Range": begun} if done else None) as response:
         answer, mark = response.headers.get("Content-Range", ""), _mark(response)
@@ -243,7 +243,7 @@ def _fetch(url: str, part: Path) -> None:
         bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=url.rpartition("/")[2], disable=None)
         with bar, open(part, "ab" if done else "wb") as file:
             if not done:
-                tag.write_text(mark)
+                tag.write_text(mark, encoding="utf-8")
             while block := _read(response, url, BLOCK):
                 if max(total or 0, done) > MAX_BYTES:
                     raise _Refused(f"{url} has more than {MAX_BYTES} bytes; is it a bundle?")

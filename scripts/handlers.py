@@ -127,7 +127,7 @@ class ResultSaver:
             rows = [row for row in self.rows() if row["case"] not in cases]
             if any(set(row) != set(added[0]) for row in rows):
                 raise ValueError(f"{path}: has the results of another kind of bundle; choose another --output_dir")
-            with written_aside(path) as aside, open(aside, "w", newline="") as file:
+            with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(added[0]))
                 writer.writeheader()
                 writer.writerows([*rows, *added])
@@ -137,7 +137,7 @@ class ResultSaver:
         path = self.output_dir / self.table
         if not path.is_file():
             return []
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
 

@@ -226,7 +226,11 @@ def _module_file(bundle: Path, name: str) -> str | None:
         for module in (f"{stem}.py", f"{stem}/__init__.py"):
             if (bundle / module).is_file():
                 # an attribute of a bare package is a module that is missing, unless the package itself has it
-                bare = module.endswith("__init__.py") and end < len(parts) and not (bundle / module).read_text().strip()
+                bare = (
+                    module.endswith("__init__.py")
+                    and end < len(parts)
+                    and not (bundle / module).read_text(encoding="utf-8").strip()
+                )
                 return None if bare else module
     return None
 

@@ -83,7 +83,7 @@ def verify(bundle: Path, schema: str | None = None) -> list[str]:
     faults = [f"{name} is missing" for name in REQUIRED_FILES if not (bundle / name).is_file()]
     if faults:
         return faults
-    meta = json.loads((bundle / "configs" / "metadata.json").read_text())
+    meta = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     for check in (_metadata_faults, _property_faults, _weight_faults, _network_faults, _run_faults):
         try:
             faults += check(bundle, meta, schema) if check is _metadata_faults else check(bundle, meta)
@@ -179,7 +179,7 @@ def _generation_faults(bundle: Path, meta: dict) -> Iterator[str]:
         both, alone = Path(folder) / "both", Path(folder) / "alone"
         run_inference(bundle, bundle, both, number=2, seed=5, batch_size=1)
         run_inference(bundle, bundle, alone, number=1, seed=6)
-        with open(both / "generated.csv", newline="") as file:
+        with open(both / "generated.csv", newline="", encoding="utf-8") as file:
             seeds = [row["seed"] for row in csv.DictReader(file)]
         if seeds != ["5", "6"]:
             yield f"generated.csv has the seeds {', '.join(seeds)} where 5, 6 were asked for"

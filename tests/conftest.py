@@ -28,7 +28,7 @@ def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subproces
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     """Rows of a table."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

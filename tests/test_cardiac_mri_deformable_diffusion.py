@@ -176,7 +176,7 @@ def test_the_moving_picture_goes_there_and_back(cohort):
 
 def test_a_report_shows_the_cohort(cohort):
     _, output, _ = cohort
-    page = report(output, output.parent / "report.html").read_text()
+    page = report(output, output.parent / "report.html").read_text(encoding="utf-8")
     assert "largest displacement (mm)" in page and "Histogram: share that folds" in page and page.count("<img alt") >= 4
     assert "not to be believed" not in page and "bad_single.nii.gz" in page
 
@@ -191,7 +191,7 @@ def test_evaluation_generates_as_many_frames_as_the_cine_has_and_writes_the_metr
     rows = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
     assert list(rows) == ["p1", "mean", "std"] and rows["p1"]["frames"] == "5"
     assert load(tmp_path / "out", "p1", "cine").shape == (32, 28, 6, 5)
-    summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text(encoding="utf-8"))
     assert summary["num_cases"] == 1 and summary["lv_falls"] == 1
     assert float(rows["p1"]["psnr"]) == pytest.approx(float(rows["p1"]["still_psnr"]) + float(rows["p1"]["psnr_gain"]))
     assert Image.open(tmp_path / "out" / "lv_volume.png").format == "PNG"

@@ -161,7 +161,7 @@ def test_the_evaluation_compares_the_networks_with_held_out_images_of_mednist(we
         ("MedVDM", "1"),
     ]
     assert rows[1]["floor"] == "" and float(rows[3]["floor"]) == 0.5  # a Bernoulli bound is the paper's model's alone
-    about = json.loads((tmp_path / "out" / "metrics.json").read_text())["about"]
+    about = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["about"]
     assert (about["num_training"], about["num_validation"], about["num_test"]) == (64, 4, 4)
     settings = settings | {"output_dir": str(tmp_path / "alone"), "medvdm_weights": None, "seeds": [0]}
     shutil.copytree(tmp_path / "out", tmp_path / "alone")
@@ -171,7 +171,10 @@ def test_the_evaluation_compares_the_networks_with_held_out_images_of_mednist(we
 
 @pytest.mark.skipif(not SCHEMA.is_file(), reason=f"no schema at {SCHEMA}")
 def test_the_metadata_keep_to_the_schema_of_monai():
-    validate(json.loads((BUNDLE / "configs" / "metadata.json").read_text()), json.loads(SCHEMA.read_text()))
+    validate(
+        json.loads((BUNDLE / "configs" / "metadata.json").read_text(encoding="utf-8")),
+        json.loads(SCHEMA.read_text(encoding="utf-8")),
+    )
 
 
 def test_noise_as_the_metadata_describe_it_goes_through_the_network():

@@ -131,7 +131,7 @@ def test_labels_that_arrive_at_the_target_close_the_gap(tmp_path):
     volumes = volume_curve(case()["labels"], AFFINE)
     assert [row["lv_first_ml"], row["lv_last_ml"], row["lv_falls"]] == pytest.approx([volumes[0], volumes[-1], 1])
     assert row["lv_true_last_ml"] == pytest.approx(volumes[-1])
-    assert summary == {**json.loads((tmp_path / "metrics_summary.json").read_text())}
+    assert summary == {**json.loads((tmp_path / "metrics_summary.json").read_text(encoding="utf-8"))}
     assert Image.open(tmp_path / "lv_volume.png").format == "PNG"
 
 
@@ -158,5 +158,5 @@ def test_cases_without_labels_have_figures_of_their_frames_alone(tmp_path):
         del bare[key]
     summary, rows = evaluate(tmp_path, bare)
     assert float(rows[0]["psnr"]) > 0 and rows[0]["dice_after"] == rows[0]["lv_falls"] == "nan"
-    assert json.loads((tmp_path / "metrics_summary.json").read_text())["gap_closed"] is None
+    assert json.loads((tmp_path / "metrics_summary.json").read_text(encoding="utf-8"))["gap_closed"] is None
     assert math.isnan(summary["gap_closed"]) and not (tmp_path / "lv_volume.png").exists()

@@ -45,7 +45,7 @@ def touch(folder, *names):
 
 
 def table(path, *rows):
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path
 

@@ -79,7 +79,7 @@ def training(folder, epochs=3, lr=0.02, network=None, seed=0, minutes=0, **kwarg
         "scripts.handlers.ModelSaver": ModelSaver(folder / "model.pt", ema),
         "scripts.handlers.ProgressBar": ProgressBar(),
     }
-    configured = json.loads((BUNDLE / "configs" / "train.json").read_text())["train"]["handlers"]
+    configured = json.loads((BUNDLE / "configs" / "train.json").read_text(encoding="utf-8"))["train"]["handlers"]
     order = [handler["_target_"] for handler in configured if handler["_target_"] in ours]
     assert len(order) == len(ours)
     trainer = DiffusionTrainer(

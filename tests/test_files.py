@@ -13,7 +13,7 @@ from scripts.files import sha256_of, written_aside
 
 def tree(folder):
     """Contents of all files below a folder, by relative path."""
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def write_file(path, words):

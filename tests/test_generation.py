@@ -227,13 +227,13 @@ def test_copies_of_training_images_are_told_as_memorised(table):
 
 def test_the_summary_and_the_markdown_hold_the_means_and_what_they_are_made_of(table):
     folder, rows = table
-    summary = json.loads((folder / "metrics.json").read_text())
+    summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     about = summary.pop("about")
     assert list(summary) == ["real (validation)", "fair", "copies", "bernoulli"]
     values = [row["mmd"] for row in rows if row["method"] == "fair"]
     assert summary["fair"]["mmd"]["mean"] == pytest.approx(sum(values) / 2)
     assert about["accuracy_of_features"] == 0.75 and about["num_samples"] == 12 and 0 < about["memorised_below"] < 0.2
-    lines = (folder / "metrics.md").read_text().splitlines()
+    lines = (folder / "metrics.md").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("| method | bits a pixel (8 bit) | reconstruction | its floor |")
     assert "| 100.0% ± 0.0% |" in next(line for line in lines if line.startswith("| copies"))
     assert next(line for line in lines if line.startswith("| real")).count(" – ") == 6

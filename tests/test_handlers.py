@@ -54,7 +54,7 @@ def saver(output_dir, weights="none.pt", **kwargs):
 
 
 def rows(output_dir):
-    with open(output_dir / "results.csv", newline="") as file:
+    with open(output_dir / "results.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -282,7 +282,7 @@ def generated_saver(output_dir, meta=META):
 
 
 def generated_rows(output_dir):
-    with open(output_dir / "generated.csv", newline="") as file:
+    with open(output_dir / "generated.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -204,7 +204,7 @@ def test_evaluation_with_sprites_writes_the_table_of_the_variants(pictures, tmp_
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out" / "metrics.csv")
     assert [(row["method"], row["seed"]) for row in rows] == [("b", "0"), ("b", "1"), ("d", "0"), ("d", "1")]
-    summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text(encoding="utf-8"))
     assert summary["d"]["best_dice"]["mean"] == pytest.approx(np.mean([float(r["best_dice"]) for r in rows[2:]]))
 
 

@@ -35,7 +35,7 @@ def copy(bundle, tmp_path) -> Path:
 
 def edit_metadata(bundle: Path, **changes: object) -> None:
     path = bundle / "configs" / "metadata.json"
-    meta = json.loads(path.read_text()) | changes
+    meta = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
 
 
@@ -66,13 +66,13 @@ def test_verify_finds_no_fault_in_the_bundle(bundle):
 @pytest.mark.skipif(not SCHEMA.is_file(), reason="MONAI's schema is not there")
 def test_verify_holds_the_metadata_against_monais_schema(copy):
     edit_metadata(copy, network_data_format={"inputs": {}})
-    meta = json.loads((copy / "configs" / "metadata.json").read_text())
+    meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
     with pytest.raises(ValueError, match=r"'outputs' is a required property\s+Failed validating"):
         list(release._metadata_faults(copy, meta, str(SCHEMA)))
 
 
 def test_verify_takes_the_schema_from_the_given_file_and_never_from_the_network(copy, tmp_path, monkeypatch):
-    meta = json.loads((copy / "configs" / "metadata.json").read_text())
+    meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
     monkeypatch.setattr("monai.apps.utils.urlretrieve", lambda *args, **kwargs: pytest.fail("a download was begun"))
     schema = tmp_path / "schema.json"
     with pytest.raises(FileNotFoundError, match="schema.json: no such file"):
@@ -105,14 +105,14 @@ def test_verify_says_what_is_not_checked_without_a_schema(capsys, monkeypatch):
 )
 def test_verify_tells_faults_of_the_metadata(copy, changes, fault):
     edit_metadata(copy, **changes)
-    meta = json.loads((copy / "configs" / "metadata.json").read_text())
+    meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
     assert any(fault in line for line in release._metadata_faults(copy, meta))
 
 
 def test_verify_tells_weights_that_are_not_the_published_ones(copy):
     weights = copy / "models" / "model.pt"
     weights.write_bytes(weights.read_bytes() + b"0")
-    meta = json.loads((copy / "configs" / "metadata.json").read_text())
+    meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
     assert "SHA-256" in next(release._weight_faults(copy, meta))
 
 
@@ -123,7 +123,7 @@ def test_verify_tells_a_missing_file(copy):
 
 def test_verify_tells_results_that_are_not_turned_back(copy):
     config = copy / "configs" / "inference.json"
-    parsed = json.loads(config.read_text())
+    parsed = json.loads(config.read_text(encoding="utf-8"))
     steps = parsed["postprocessing"]["transforms"]
     steps.remove(next(step for step in steps if step["_target_"] == "Invertd"))
     parsed["num_steps"] = parsed["guidance_steps"] = 1
@@ -231,4 +231,6 @@ def test_report_says_where_the_page_is_or_what_is_missing(tmp_path):
         "case,finding_ml,score,trust,seconds,bundle,version,weights\na,1.0,0.1,0.9,2.0,b,0.1.0,abc\n"
     )
     done = command("report", tmp_path)
-    assert done.stdout.strip() == str(tmp_path / "report.html") and "abc" in (tmp_path / "report.html").read_text()
+    assert done.stdout.strip() == str(tmp_path / "report.html") and "abc" in (tmp_path / "report.html").read_text(
+        encoding="utf-8"
+    )

@@ -57,7 +57,7 @@ def evaluate(cases, output_dir, **settings):
     evaluator.run()
     with open(output_dir / "metrics.csv", encoding="utf-8") as file:
         rows = {row.pop("case"): {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)}
-    return rows, json.loads((output_dir / "metrics_summary.json").read_text()), evaluator.state.metrics
+    return rows, json.loads((output_dir / "metrics_summary.json").read_text(encoding="utf-8")), evaluator.state.metrics
 
 
 def test_dice_is_twice_the_overlap_over_both_sizes():

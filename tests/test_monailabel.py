@@ -153,7 +153,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     download = module("monailabel.main", "apps", "--download", "--name", "monaibundle", "--output", root / "apps")
     subprocess.run(download, cwd=root, env=env, check=True, capture_output=True)
     app = root / "apps" / "monaibundle"
-    (app / "main.py").write_text(OPERATORS + (app / "main.py").read_text())
+    (app / "main.py").write_text(OPERATORS + (app / "main.py").read_text(encoding="utf-8"))
     for bundle in BUNDLES:
         package(bundle, app / "model")
     shorten_epochs(app / "model" / MRI)
@@ -182,7 +182,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 def shorten_epochs(bundle: Path) -> None:
     """Two iterations an epoch, to be quick; MONAI Label lets a request set only the number of epochs."""
     path = bundle / "configs" / "train.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"epoch_length": 2, "batch_size": 4}))
 
 
@@ -217,7 +217,7 @@ def test_info_names_every_packaged_bundle_with_its_settings_and_its_trainer(serv
     info = json.loads(server.ask("/info/"))
     assert MRI in NAMES and sorted(info["models"]) == sorted(info["trainers"]) == NAMES
     for bundle in BUNDLES:
-        config = json.loads((bundle / "configs" / "inference.json").read_text())
+        config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
         offered = info["models"][bundle.name]["config"]
         assert {name: config[name] for name in config.get("displayable_configs", ())}.items() <= offered.items()
 

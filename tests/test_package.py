@@ -137,7 +137,7 @@ def test_a_package_packaged_again_is_the_same(small, tmp_path):
 
 def test_the_hash_file_is_what_sha256sum_checks(small, tmp_path):
     done = package(small, tmp_path / "out")
-    text = (tmp_path / "out" / f"{done['zip'].name}.sha256").read_text()
+    text = (tmp_path / "out" / f"{done['zip'].name}.sha256").read_text(encoding="utf-8")
     assert text == f"{hashlib.sha256(done['zip'].read_bytes()).hexdigest()}  small_bundle_v0.1.0.zip\n"
     if shutil.which("sha256sum"):
         checked = ["sha256sum", "--strict", "-c", f"{done['zip'].name}.sha256"]
@@ -183,7 +183,7 @@ def name_missing_module(bundle):
 
 def edit_metadata(bundle, **changes):
     path = bundle / "configs" / "metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ def test_the_lists_name_every_zip_with_its_hashes(small, tmp_path):
     other = make_bundle(tmp_path, "another_bundle", "1.2.0")
     package_all([small, other], tmp_path / "out", "https://example.org/bundles/")
     zips = sorted((tmp_path / "out").glob("*.zip"))
-    sums = (tmp_path / "out" / "SHA256SUMS").read_text()
+    sums = (tmp_path / "out" / "SHA256SUMS").read_text(encoding="utf-8")
     assert sorted(sums.splitlines()) == sorted(f"{hashlib.sha256(z.read_bytes()).hexdigest()}  {z.name}" for z in zips)
-    assert json.loads((tmp_path / "out" / "model_info.json").read_text()) == {
+    assert json.loads((tmp_path / "out" / "model_info.json").read_text(encoding="utf-8")) == {
         path.stem: {
             "checksum": hashlib.sha1(path.read_bytes()).hexdigest(),
             "source": f"https://example.org/bundles/{path.name}",
@@ -258,7 +258,7 @@ def test_the_lists_name_every_zip_with_its_hashes(small, tmp_path):
 
 def serve_list(monkeypatch, folder: Path) -> None:
     """Let MONAI find the folder's list wherever it asks for one."""
-    answer = SimpleNamespace(text=(folder / "model_info.json").read_text(), raise_for_status=lambda: None)
+    answer = SimpleNamespace(text=(folder / "model_info.json").read_text(encoding="utf-8"), raise_for_status=lambda: None)
     monkeypatch.setattr(monai_scripts, "has_requests", True)
     monkeypatch.setattr(monai_scripts, "requests", SimpleNamespace(get=lambda url, **_: answer))
 

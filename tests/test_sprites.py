@@ -169,7 +169,7 @@ def test_the_table_has_a_row_for_each_network_and_seed(tmp_path, caplog):
     assert [float(row["auprc"]) for row in written] == [row["auprc"] for row in rows]
     assert rows[0]["best_dice"] > 0.99 and rows[0]["auroc"] > 0.99 and rows[2]["auroc"] == 0.5
 
-    summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text(encoding="utf-8"))
     values = [row["best_dice"] for row in rows if row["method"] == "blind"]
     assert summary["blind"]["best_dice"] == pytest.approx({"mean": np.mean(values), "std": np.std(values)})
     assert "4 painted and 4 healthy slices, 2 set(s) of sprites" in caplog.text
