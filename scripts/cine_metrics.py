@@ -38,15 +38,16 @@ def jacobian_determinant(displacement: NdarrayOrTensor) -> Tensor:
     """Determinant of the Jacobian of x -> x + displacement(x), by central differences (one-sided at the border).
 
     Args:
-        displacement: (3, H, W, D), in voxels along the three axes.
+        displacement: (..., 3, H, W, D), in voxels along the three axes.
 
     Returns:
-        (H, W, D): 1 where volume is kept, 0 or less where space folds over. An axis of one voxel has no derivative.
+        (..., H, W, D): 1 where volume is kept, 0 or less where space folds over. An axis of one voxel has no derivative.
     """
-    field = torch.as_tensor(displacement)
-    slopes = [torch.gradient(field, dim=axis)[0] if field.shape[axis] > 1 else torch.zeros_like(field) for axis in (1, 2, 3)]
-    jacobian = torch.stack(slopes, dim=-1).movedim(0, -2) + torch.eye(3, dtype=field.dtype, device=field.device)
-    return torch.linalg.det(jacobian)
+    field = torch.as_tensor(displacement).movedim(-4, -1)
+    slopes = [torch.gradient(field, dim=i)[0] if field.shape[i] > 1 else torch.zeros_like(field) for i in (-4, -3, -2)]
+    x, y, z = (slope + axis for slope, axis in zip(slopes, torch.eye(3).to(field), strict=True))
+    # the triple product has a gradient everywhere, which torch.linalg.det does not where it is 0
+    return (x * torch.linalg.cross(y, z)).sum(dim=-1)
 
 
 def frame_errors(generated: NdarrayOrTensor, real: NdarrayOrTensor) -> tuple[float, float]:

@@ -85,7 +85,7 @@ class ResultSaver:
         try:
             with written_aside(self.output_dir / "write_test") as aside:
                 aside.touch()
-            (self.output_dir / "write_test").unlink()
+            (self.output_dir / "write_test").unlink(missing_ok=True)  # by another process of the run
         except OSError as error:
             sys.exit(f"{self.output_dir}: can't write there ({error.strerror}); choose another --output_dir")
         self.weights_hash = sha256_of(self.weights)[:12] if self.weights.is_file() else "none"
@@ -467,7 +467,8 @@ class TrainingCheckpoint:
     """Save a training's whole state every few minutes and at its end, and go on from it when there is one.
 
     Together with a sampler and a trainer whose random draws depend on the iteration's number alone, a training that was
-    cut off ends with the same weights, byte for byte, as one that was not.
+    cut off ends with the same weights, byte for byte, as one that was not. Its length (``t_total`` of MONAI's schedules) is
+    what it is told now, so that a training may be ended sooner, or later, than it was begun with.
 
     Args:
         path: file of the state; loaded at the start if it is there.
@@ -500,7 +501,8 @@ class TrainingCheckpoint:
                 f"{engine.state.epoch_length}: use the same settings, or another --ckpt_dir"
             )
         for name, item in self.objects.items():
-            item.load_state_dict(state[name])
+            length = {"t_total": item.t_total} if hasattr(item, "t_total") else {}
+            item.load_state_dict(state[name] | length)
         engine.state.iteration = self.sampler.start = state["iteration"]
         engine.state.epoch = state["iteration"] // engine.state.epoch_length
         logger.info(f"going on from iteration {engine.state.iteration} ({self.path})")

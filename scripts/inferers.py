@@ -65,11 +65,11 @@ class ConfiguredSliceInferer(SliceInferer):
 class DisplacementInferer(Inferer):
     """Displacements of all frames of a motion, by the network that the configuration describes at this moment.
 
-    The network's own frames are left alone: the displacement warps the scan itself, on its own grid, later on.
+    The network makes no frames: the displacement warps the scan itself, on its own grid, later on.
 
     Args:
-        network_def: the network with the settings wanted, which has ``gammas`` (the fractions of the way) and keeps
-            ``displacement`` (B, F, 3, H, W, D); it takes over the weights of the one it is called with.
+        network_def: the network with the settings wanted, which has ``gammas`` (the fractions of the way) and gives
+            their fields by ``displace``, (B, F, 3, H, W, D); it takes over the weights of the one it is called with.
         num_frames: number of frames, evenly spaced from the source to the target; None for as many as the cine has
             (``meta["num_frames"]`` of the input), or ``default_frames`` where there are no frames between.
         gammas: fractions of the way in place of evenly spaced ones.
@@ -103,8 +103,7 @@ class DisplacementInferer(Inferer):
         """
         network = _configured(self.network_def, network, inputs)
         network.gammas = self.gammas or self._evenly(inputs)
-        network(inputs)
-        return network.displacement.flatten(1, 2).float()
+        return network.displace(inputs).flatten(1, 2).float()
 
     def _evenly(self, inputs: Tensor) -> list[float]:
         in_cine = int(getattr(inputs, "meta", {}).get("num_frames", 0))

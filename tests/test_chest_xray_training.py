@@ -16,7 +16,7 @@ BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 CONFIGS = {"image": "configs/train.json", "medvdm": "['configs/train.json','configs/train_medvdm.json']"}
 TINY = {
     "image": ("--network_def#channels", "[32,32]", "--network_def#num_steps", 2),
-    "medvdm": ("--network_def#hidden_size", 16, "--network_def#num_steps", 2),
+    "medvdm": ("--network_def#hidden_size", 16, "--network_def#latent_size", 4, "--network_def#num_steps", 2),
 }
 
 

@@ -35,8 +35,12 @@ def moved(network, gammas, shift):
     """The network with a code of ones, and fields that are the code along the first axis, ``shift`` voxels long."""
 
     class Field(torch.nn.Module):
-        def forward(self, x):
-            return torch.cat([shift * x[:, 1:], torch.zeros_like(x)], dim=1)
+        def prepare(self, source, code):
+            return code
+
+        def along(self, code, factors):
+            length = shift * torch.stack([factor * code for factor in factors], dim=1)
+            return torch.cat([length, torch.zeros_like(length), torch.zeros_like(length)], dim=2)
 
     class Code(torch.nn.Module):
         def forward(self, x, t):
@@ -101,6 +105,15 @@ class TestEveryNetwork:
         network.gammas = [0.0, 1.0]
         error = (network(image) - image[:, 1:]).square().mean(dim=(0, 2, 3, 4))
         assert error[1] < 0.5 * error[0]
+
+    def test_pays_for_a_field_that_folds_over(self, make):
+        network = make(folding=2.0, similarity_weight=1.0)
+        there = torch.arange(SIZE[0], dtype=torch.float32)
+        field = torch.zeros(1, 3, *SIZE)
+        field[:, 0] = (-1.5 * there)[:, None, None]  # x - 1.5 x: a determinant of -0.5 everywhere
+        assert network._mismatch(pair()[:, :1], field, pair()[:, 1:])["folding"].item() == pytest.approx(1.0)
+        assert network._mismatch(pair()[:, :1], 0.5 * field, pair()[:, 1:])["folding"] == 0
+        assert network.losses(pair(), None, generator()).keys() - {"noise"} == {"similarity", "smoothness", "folding"}
 
     def test_looks_at_the_frames_between_only_if_told_to(self, make):
         network, cine = make(window=5), torch.cat([pair()[:, :1], torch.rand(1, 1, *SIZE), pair()[:, 1:]], dim=1)
@@ -171,7 +184,7 @@ class TestVoxelMorph:
     def test_integrates_a_velocity_that_is_everywhere_alike_to_its_product_with_the_time(self):
         network = VoxelMorphNet(diffeomorphic=True, **SMALL_VOXELMORPH)
         velocity = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1, 1).expand(1, 3, *SIZE)
-        fields = network.fields(torch.zeros(1, 1, *SIZE), velocity, [0.25, 1.0])
+        fields = network.fields(velocity, [0.25, 1.0])
         assert torch.allclose(fields[:, 0], 0.25 * velocity, atol=1e-5)
         assert torch.allclose(fields[:, 1], velocity, atol=1e-5)
 
@@ -180,7 +193,7 @@ class TestVoxelMorph:
         x = torch.arange(16.0) - 7.5
         velocity = torch.zeros(1, 3, *SIZE)
         velocity[:, 0] = (-0.5 * x)[:, None, None]  # dx/dt = -x/2, towards the middle
-        field = network.fields(torch.zeros(1, 1, *SIZE), velocity, [1.0])[0, 0, 0, :, 8, 4]
+        field = network.fields(velocity, [1.0])[0, 0, 0, :, 8, 4]
         assert torch.allclose(x + field, x * torch.exp(torch.tensor(-0.5)), atol=0.05)
 
 
@@ -200,6 +213,14 @@ class TestLeanUNet:
         assert torch.allclose(lean(x), plain(x), atol=1e-6)
         lean.lean = False
         assert torch.equal(lean(x), plain(x))
+
+    def test_gives_the_same_for_pairs_that_share_their_first_convolution(self):
+        network = DeformableDiffusionNet(**SMALL).deformation
+        still, scaled = torch.randn(2, 2, 1, *SIZE)
+        pairs = [network(torch.cat([still, factor * scaled], dim=1)) for factor in (0.0, 0.3, 1.0)]
+        for network.lean in (True, False):
+            fields = network.along(network.prepare(still, scaled), [0.0, 0.3, 1.0])
+            assert torch.allclose(fields, torch.stack(pairs, dim=1), atol=1e-6)
 
     def test_gives_the_same_gradient(self):
         settings = {

@@ -396,10 +396,10 @@ def engine_at(iteration=0, epoch_length=5):
     return SimpleNamespace(state=state)
 
 
-def trained_objects(steps=3):
+def trained_objects(steps=3, t_total=10):
     network = nn.Linear(2, 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
-    lr_scheduler = WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=10)
+    lr_scheduler = WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=t_total)
     ema = ema_of(network)
     for _ in range(steps):
         network(torch.ones(1, 2)).sum().backward()
@@ -421,6 +421,15 @@ def test_a_checkpoint_brings_everything_back_and_is_safe_to_load(tmp_path):
     assert torch.equal(old["ema"].module.weight, new["ema"].module.weight) and new["ema"].n_averaged == 3
     assert new["lr_scheduler"].get_last_lr() == old["lr_scheduler"].get_last_lr() != [0.1]
     assert new["optimizer"].param_groups[0]["lr"] == old["optimizer"].param_groups[0]["lr"]
+
+
+def test_a_training_ends_when_it_is_told_now_and_not_when_it_was_begun_with(tmp_path):
+    whole, new = trained_objects(5, t_total=5), trained_objects(0, t_total=5)
+    TrainingCheckpoint(tmp_path / "a.ckpt", trained_objects(4, t_total=10), SimpleNamespace()).save(engine_at(4))
+    TrainingCheckpoint(tmp_path / "a.ckpt", new, SimpleNamespace()).resume(engine_at())
+    new["optimizer"].step()
+    new["lr_scheduler"].step()
+    assert new["lr_scheduler"].get_last_lr() == whole["lr_scheduler"].get_last_lr() == pytest.approx([0.0])
 
 
 def test_without_a_checkpoint_training_begins_at_the_beginning(tmp_path):

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from scripts.losses import discretised_logistic
-from scripts.networks.med_vdm import DenseCodec, DenseScore, FiLMBlock
+from scripts.networks.med_vdm import FIRST_STD, DenseCodec, DenseScore, FiLMBlock
 from scripts.networks.variational_diffusion import VariationalDiffusionNet
 
 RANGE = (-13.3, 5.0)
@@ -43,9 +44,27 @@ def test_an_image_becomes_as_many_numbers_as_were_asked_for_and_an_image_again()
 
 
 def test_the_paper_sizes_are_six_blocks_of_the_codec_and_ten_of_the_score():
-    net = VariationalDiffusionNet(model="medvdm", hidden_size=32)
+    net = VariationalDiffusionNet(model="medvdm", hidden_size=64)
     assert [len(part.blocks) for part in (net.codec.encoder, net.codec.decoder, net.score.network)] == [6, 6, 10]
     assert net.codec.latent_shape == (64,) and net.score.network.first.out_features == 128
+
+
+def test_the_codec_begins_as_the_principal_components():
+    torch.manual_seed(0)
+    net = DenseCodec((8, 6), 5, 16, 2, RANGE, None)
+    amounts, patterns = torch.randn(200, 3) * torch.tensor([3.0, 1.0, 0.3]), torch.linalg.qr(torch.randn(48, 3)).Q.T
+    image = (0.5 + 0.02 * amounts @ patterns).view(200, 1, 8, 6)
+    net.begin_linear(image)
+    f = net.encode(image, GAMMA_0, None)
+    torch.testing.assert_close(f[:, :3].T.cov(), FIRST_STD**2 * torch.eye(3), atol=1e-5, rtol=0.02)
+    assert (net.decode(f, GAMMA_0, None) - image).abs().max() < 1e-4
+
+
+def test_a_codec_is_not_begun_with_fewer_images_than_it_has_numbers():
+    with pytest.raises(ValueError, match="4 images .* fewer than the 5 latent variables: .*latent_size"):
+        codec().begin_linear(images(4))
+    with pytest.raises(ValueError, match=r"hidden_size \(4\) must be at least latent_size \(5\)"):
+        DenseCodec((8, 6), 5, 4, 2, RANGE, None)
 
 
 def test_the_likelihood_is_that_of_a_bernoulli_distribution_of_each_pixel():

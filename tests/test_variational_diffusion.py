@@ -240,11 +240,23 @@ def test_the_finest_patterns_are_columns_rows_and_checkerboard(pixels):
     assert amount.abs().argmax() == number and amount.abs().sum().item() == 1
 
 
-def test_the_papers_model_has_no_patterns_to_measure():
-    before = network(model="medvdm").state_dict()
+def test_the_papers_model_begins_as_a_linear_codec_and_has_no_patterns_to_measure():
     net = network(model="medvdm")
-    net.standardise([{"image": images()}])
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    image = torch.cat([images(), images(seed=1)])
+    before = net.bound(image, generator())["recon"].mean()
+    score = {name: value.clone() for name, value in net.score.state_dict().items()}
+    net.standardise([{"image": image[:4]}, {"image": image[4:]}])
+    assert net.bound(image, generator())["recon"].mean() < before
+    assert all(torch.equal(value, score[name]) for name, value in net.score.state_dict().items())
+
+
+def test_the_diffusion_weight_counts_in_the_training_of_the_papers_model_alone():
+    for model, weight in (("medvdm", 0.1), ("image", 1.0)):
+        net = network(model=model, diffusion_weight=0.1)
+        whole, part = (net.train(mode).losses(images(), None, generator()) for mode in (False, True))
+        assert part["recon"] == whole["recon"]
+        for name in ("latent", "diffusion"):
+            torch.testing.assert_close(part[name], weight * whole[name])
 
 
 @pytest.mark.parametrize("detail", ["lattice", "fourier", "none"])

@@ -16,6 +16,7 @@ from monai.networks.nets import DiffusionModelUNet, VoxelMorphUNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scripts.cine_metrics import jacobian_determinant
 from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 
 __all__ = ["CineNet", "DeformableDiffusionNet", "VoxelMorphNet"]
@@ -43,16 +44,41 @@ class LeanVoxelMorphUNet(VoxelMorphUNet):
         """Images (B, C, H, W, D), sizes being multiples of 8, to a field (B, 3, H, W, D)."""
         if not self.lean:
             return super().forward(concatenated_pairs)
-        block, final = self.net
-        return final(self._run(block, concatenated_pairs.contiguous(memory_format=torch.channels_last_3d)))
+        return self._beyond_first(self.net[0][0](concatenated_pairs.contiguous(memory_format=torch.channels_last_3d)))
 
-    def _run(self, block: nn.Sequential, x: Tensor) -> Tensor:
-        """Result of a level before it is upsampled."""
-        if len(block) == 2:  # the lowest level: convolution and upsampling
-            return block[0](x)
-        down, skip, up = block
-        high = down(x)
-        low = self._run(skip.submodule, high)
+    def prepare(self, still: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """What all pairs of one image and multiples of another have in common, for :meth:`along`; both (B, 1, H, W, D).
+
+        It is the share of each in the first convolution, which is linear.
+        """
+        if not self.lean:
+            return still, scaled
+        conv = self.net[0][0].conv
+        weight = conv.weight.transpose(0, 1).flatten(0, 1)[:, None]
+        both = torch.cat([still, scaled], dim=1).contiguous(memory_format=torch.channels_last_3d)
+        return functional.conv3d(both, weight, torch.cat([conv.bias, 0 * conv.bias]), padding=1, groups=2).chunk(2, dim=1)
+
+    def along(self, prepared: tuple[Tensor, Tensor], factors: Sequence[float]) -> Tensor:
+        """Fields (B, F, 3, H, W, D) of the pairs (still, factor·scaled) that were prepared."""
+        still, scaled = prepared
+        if not self.lean:
+            pairs = torch.stack([torch.cat([still, factor * scaled], dim=1) for factor in factors], dim=1)
+            return self(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
+        first = torch.stack([torch.add(still, scaled, alpha=factor) for factor in factors], dim=1)
+        high = self.net[0][0].adn(first.flatten(0, 1).contiguous(memory_format=torch.channels_last_3d))
+        return self._beyond_first(high).unflatten(0, first.shape[:2])
+
+    def _beyond_first(self, high: Tensor) -> Tensor:
+        """Field from what the first convolution and its activation give."""
+        return self.net[1](self._beyond(self.net[0], high))
+
+    def _beyond(self, block: nn.Sequential, high: Tensor) -> Tensor:
+        """Result of a level, before it is upsampled, from that of its way down."""
+        _, skip, up = block
+        lower = skip.submodule
+        low = lower[0](high)
+        if len(lower) == 3:  # the lowest level has no further one
+            low = self._beyond(lower, low)
         up = up if isinstance(up, Convolution) else up[0]
         return up.adn(self._convolve(up.conv, high, low))
 
@@ -77,10 +103,12 @@ class CineNet(nn.Module):
         gammas: the fractions themselves, in place of ``num_frames``.
         similarity_weight: weight of similarity and smoothness in the training (λ of the paper).
         smoothness: weight of the smoothness beside the similarity.
+        folding: weight, beside the similarity, of the mean by which the Jacobian determinant lies below 0 (Mok and Chung
+            2020, arXiv 2003.09514); 0 in the paper.
         frames_weight: weight, beside the target's, of a frame between, where a cine has them; 0 is the paper's training,
             which sees source and target alone.
         window: edge in voxels of the window of the normalised cross-correlation.
-        max_batch: number of frames that go through a network at once.
+        max_batch: number of frames that go through a network at once; a few, which the processor's memory keeps up with.
         amp: bfloat16 in the networks.
 
     ``forward`` takes pairs (B, 2, H, W, D), source and target, in [-1, 1], of any size, and returns the frames
@@ -97,9 +125,10 @@ class CineNet(nn.Module):
         gammas: Sequence[float] | None = None,
         similarity_weight: float = 20.0,
         smoothness: float = 1.0,
+        folding: float = 0.0,
         frames_weight: float = 0.0,
         window: int = 9,
-        max_batch: int = 5,
+        max_batch: int = 2,
         amp: bool = False,
     ) -> None:
         super().__init__()
@@ -108,7 +137,8 @@ class CineNet(nn.Module):
         self.gammas = [i / (num_frames - 1) for i in range(num_frames)] if gammas is None else list(gammas)
         if not self.gammas or min(self.gammas) < 0 or max(self.gammas) > 1:
             raise ValueError(f"gammas must lie in 0 ... 1, 0 being the source and 1 the target; got {self.gammas}")
-        self.similarity_weight, self.smoothness, self.frames_weight = similarity_weight, smoothness, frames_weight
+        self.similarity_weight, self.frames_weight = similarity_weight, frames_weight
+        self.smoothness, self.folding = smoothness, folding
         self.max_batch, self.amp = max_batch, amp
         self.warp = Warp(padding_mode="border")
         self.similarity = LocalNormalizedCrossCorrelationLoss(kernel_size=window)
@@ -119,29 +149,33 @@ class CineNet(nn.Module):
         """What is found once for pairs (B, 1, H, W, D), sizes being multiples of 8."""
         raise NotImplementedError
 
-    def fields(self, source: Tensor, motion: Any, gammas: Sequence[float]) -> Tensor:
+    def fields(self, motion: Any, gammas: Sequence[float]) -> Tensor:
         """Displacements (B, F, 3, H, W, D) in voxels at the fractions γ of the way."""
         raise NotImplementedError
 
-    def _in_half(self, network: nn.Module, *inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.amp):
-            return network(*inputs).float()
+    def _half(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp)
 
     @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
+    def displace(self, image: Tensor) -> Tensor:
+        """Fields alone of pairs (B, 2, H, W, D), as ``forward`` keeps them: (B, F, 3, H, W, D)."""
         if image.ndim != 5 or image.shape[1] != 2:
             raise ValueError(f"image must be (B, 2, H, W, D), source and target; got {tuple(image.shape)}")
         size = image.shape[2:]
         padding = [p for n in reversed(size) for p in (0, -n % MULTIPLE)]
-        source, target = functional.pad(image.float(), padding, mode="replicate").split(1, dim=1)
-        motion = self.motion(source, target)
+        motion = self.motion(*functional.pad(image.float(), padding, mode="replicate").split(1, dim=1))
         moved = [gamma for gamma in self.gammas if gamma]
         chunks = [moved[i : i + self.max_batch] for i in range(0, len(moved), self.max_batch)]
-        fields = iter([f for chunk in chunks for f in self.fields(source, motion, chunk).unbind(1)])
-        still, first = source.new_zeros(len(image), 3, *size), image[:, :1].float()
-        self.displacement = torch.stack(
+        fields = iter([f for chunk in chunks for f in self.fields(motion, chunk).unbind(1)])
+        still = image.new_zeros(len(image), 3, *size, dtype=torch.float32)
+        return torch.stack(
             [next(fields)[..., : size[0], : size[1], : size[2]] if gamma else still for gamma in self.gammas], dim=1
         )
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        self.displacement = self.displace(image)
+        first = image[:, :1].float()
         # interpolation rounds, and the source is to come back as it is
         frames = [
             self.warp(first, field) if gamma else first
@@ -149,24 +183,26 @@ class CineNet(nn.Module):
         ]
         return torch.cat(frames, dim=1)
 
-    def _mismatch(self, source: Tensor, field: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """Dissimilarity to a frame (1 - mean squared correlation) of the source deformed, and roughness of the field."""
-        return 1 + self.similarity(self.warp(source, field), frame), self.roughness(field)
+    def _mismatch(self, source: Tensor, field: Tensor, frame: Tensor) -> dict[str, Tensor]:
+        """Losses of a field that is to deform the source into a frame; similarity as 1 - mean squared correlation."""
+        losses = {
+            "similarity": 1 + self.similarity(self.warp(source, field), frame),
+            "smoothness": self.smoothness * self.roughness(field),
+        }
+        if self.folding:
+            losses["folding"] = self.folding * functional.relu(-jacobian_determinant(field)).mean()
+        return losses
 
     def _losses(self, cine: Tensor, motion: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Similarity and smoothness at the target and, with ``frames_weight``, at one of the frames before it."""
+        """Losses at the target and, with ``frames_weight``, at one of the frames before it."""
         source, target, last = cine[:, :1], cine[:, -1:], cine.shape[1] - 1
-        similarity, smoothness = self._mismatch(source, self.fields(source, motion, [1.0])[:, 0], target)
+        losses = self._mismatch(source, self.fields(motion, [1.0])[:, 0], target)
         if self.frames_weight and last > 1:
             k = int(torch.rand((), generator=generator, device=generator.device) * last)  # the same in all processes
-            field = self.fields(source, motion, [k / last])[:, 0]
+            field = self.fields(motion, [k / last])[:, 0]
             between = self._mismatch(source, field, cine[:, k : k + 1])
-            similarity = similarity + self.frames_weight * between[0]
-            smoothness = smoothness + self.frames_weight * between[1]
-        return {
-            "similarity": self.similarity_weight * similarity,
-            "smoothness": self.similarity_weight * self.smoothness * smoothness,
-        }
+            losses = {name: loss + self.frames_weight * between[name] for name, loss in losses.items()}
+        return {name: self.similarity_weight * loss for name, loss in losses.items()}
 
 
 class DeformableDiffusionNet(CineNet):
@@ -229,17 +265,23 @@ class DeformableDiffusionNet(CineNet):
 
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""
-        return self._in_half(self.diffusion, torch.cat([source, target, noised], dim=1), t)
+        with self._half(target):
+            return self.diffusion(torch.cat([source, target, noised], dim=1), t).float()
 
-    def motion(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent code (B, 1, H, W, D), and the fields (B, 1, 3, H, W, D) that come without one."""
+    def motion(self, source: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Source and latent code, prepared for the deformation module, and the fields (B, 1, 3, H, W, D) without a code."""
         code = self.noise(source, target, target, torch.zeros(len(source), device=source.device))
-        return code, self.fields(source, (code, 0.0), [0.0])
+        prepared = self._prepare(source, code)
+        return prepared, self.fields((prepared, 0.0), [0.0])
 
-    def fields(self, source: Tensor, motion: tuple[Tensor, Tensor | float], gammas: Sequence[float]) -> Tensor:
-        code, without = motion
-        pairs = torch.stack([torch.cat([source, gamma * code], dim=1) for gamma in gammas], dim=1)
-        fields = self._in_half(self.deformation, pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
+    def _prepare(self, source: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        with self._half(source):
+            return self.deformation.prepare(source, code)
+
+    def fields(self, motion: tuple[tuple[Tensor, Tensor], Tensor | float], gammas: Sequence[float]) -> Tensor:
+        prepared, without = motion
+        with self._half(self.alphas_cumprod):
+            fields = self.deformation.along(prepared, gammas).float()
         return fields - (1 - torch.tensor(gammas).to(fields)).view(-1, 1, 1, 1, 1) * without
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -251,7 +293,8 @@ class DeformableDiffusionNet(CineNet):
             generator: source of levels, noise and frame.
 
         Returns:
-            ``noise``: mean squared error of the estimated noise; ``similarity`` and ``smoothness``, with their weights.
+            ``noise``: mean squared error of the estimated noise; ``similarity``, ``smoothness`` and ``folding``, with
+            their weights.
         """
         source, target = image[:, :1], image[:, -1:]
         clean = for_batch(torch.rand, (len(image),), generator) < self.clean_share
@@ -259,7 +302,7 @@ class DeformableDiffusionNet(CineNet):
         noised = torch.where(clean.view(-1, 1, 1, 1, 1), target, noised)
         code = self.noise(source, target, noised, t.masked_fill(clean, 0))
         error = (code - noise).square().flatten(1).mean(dim=1).masked_fill(clean, 0).mean()
-        return {"noise": error, **self._losses(image, (code, 0.0), generator)}
+        return {"noise": error, **self._losses(image, (self._prepare(source, code), 0.0), generator)}
 
 
 class VoxelMorphNet(CineNet):
@@ -296,11 +339,12 @@ class VoxelMorphNet(CineNet):
 
     def motion(self, source: Tensor, target: Tensor) -> Tensor:
         """Displacement or velocity (B, 3, H, W, D), in voxels."""
-        return self._in_half(self.registration, torch.cat([source, target], dim=1))
+        with self._half(source):
+            return self.registration(torch.cat([source, target], dim=1)).float()
 
-    def fields(self, source: Tensor, motion: Tensor, gammas: Sequence[float]) -> Tensor:
+    def fields(self, motion: Tensor, gammas: Sequence[float]) -> Tensor:
         return torch.stack([self.integrate(gamma * motion) for gamma in gammas], dim=1)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """``similarity`` and ``smoothness`` of cines (B, F, H, W, D), with their weights; arguments as above."""
+        """As above, but for the noise."""
         return self._losses(image, self.motion(image[:, :1], image[:, -1:]), generator)

@@ -14,6 +14,8 @@ from scripts.losses import discretised_logistic
 
 __all__ = ["DenseCodec", "DenseScore"]
 
+FIRST_STD = 0.05  # of a code's numbers at the training's begin: small ones take fewer bits
+
 
 class FiLMBlock(nn.Module):
     """Residual block of dense layers, scaled and shifted by a condition (FiLM, Perez et al. 2018, arXiv 1709.07871)."""
@@ -85,6 +87,9 @@ class DenseCodec(nn.Module):
         num_blocks: residual blocks of each.
         gamma_range: see :class:`Condition`.
         num_classes: see :class:`Condition`.
+
+    Raises:
+        ValueError: for fewer than ``latent_size`` numbers in ``hidden_size``.
     """
 
     def __init__(
@@ -97,12 +102,47 @@ class DenseCodec(nn.Module):
         num_classes: int | None,
     ) -> None:
         super().__init__()
+        if hidden_size < latent_size:
+            raise ValueError(f"hidden_size ({hidden_size}) must be at least latent_size ({latent_size})")
         self.spatial_size, self.latent_shape = tuple(spatial_size), (latent_size,)
         pixels, condition = math.prod(spatial_size), 128
         self.condition = Condition(condition, gamma_range, num_classes)
         self.encoder = DenseResNet(pixels, hidden_size, latent_size, num_blocks, 4 * condition)
         self.decoder = DenseResNet(latent_size, hidden_size, pixels, num_blocks, 4 * condition)
         self.register_buffer("grey_scale", torch.tensor(0.05))
+
+    @torch.no_grad()
+    def begin_linear(self, image: Tensor) -> None:
+        """Set encoder and decoder to the principal components of images, for the training to begin with.
+
+        Args:
+            image: (B, 1, H, W) in [0, 1].
+
+        Raises:
+            ValueError: for fewer images than latent variables.
+        """
+        x, size = 2 * image.flatten(1) - 1, math.prod(self.latent_shape)
+        if len(x) < size:
+            raise ValueError(
+                f"{len(x)} images for the training are fewer than the {size} latent variables: "
+                "give it more images, or a smaller --network_def#latent_size"
+            )
+        mean = x.mean(dim=0)
+        _, singular, axes = torch.pca_lowrank(x - mean, size, center=False, niter=4)
+        to_code = axes.T / (singular / len(x) ** 0.5)[:, None]  # of unit variance
+        code = functional.pad((x - mean) @ to_code.T, (0, 1), value=1.0)
+        log_odds = torch.logit(image.flatten(1), eps=0.02)
+        weights = torch.linalg.lstsq(code, log_odds).solution
+
+        encoder, decoder, one = self.encoder, self.decoder, torch.eye(size, device=x.device)
+        for layer in (encoder.last, decoder.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        encoder.first.weight[:size], encoder.first.bias[:size] = to_code, -to_code @ mean
+        encoder.last.weight[:, :size] = FIRST_STD * one
+        decoder.first.weight[:size], decoder.first.bias[:size] = one / FIRST_STD, 0
+        decoder.last.weight[:, :size] = weights[:-1].T
+        decoder.last.bias.copy_(weights[-1])
 
     def encode(self, image: Tensor, gamma_0: Tensor, label: Tensor | None) -> Tensor:
         """Images (B, 1, H, W) in [0, 1] to f(x), (B, latent_size); ``gamma_0`` is gamma at time 0."""

@@ -51,6 +51,8 @@ class VariationalDiffusionNet(nn.Module):
             error of the velocity at noise levels that are drawn for the look of samples, a share of them evenly as in
             the bound.
         bound_share: that share, in [0, 1].
+        diffusion_weight: weight of the diffusion and latent terms in the training of ``medvdm``; less than 1, which is
+            the bound, buys a sharper reconstruction with more bits.
         gradient_weight: weight of the gradient difference between image and reconstruction, of ``medvdm``.
         channels: channels of the U-Net's levels, multiples of 32; the lowest has attention (``image``).
         num_res_blocks: residual blocks a level (``image``).
@@ -83,6 +85,7 @@ class VariationalDiffusionNet(nn.Module):
         num_timesteps: int | None = None,
         weighting: str = "bound",
         bound_share: float = 0.25,
+        diffusion_weight: float = 1.0,
         gradient_weight: float = 0.0,
         channels: Sequence[int] = (64, 96, 128),
         num_res_blocks: int = 1,
@@ -122,7 +125,8 @@ class VariationalDiffusionNet(nn.Module):
                 f"latent_size must be at most the number of pixels, {math.prod(spatial_size)}, got {latent_size}"
             )
         self.spatial_size, self.num_timesteps, self.num_classes = tuple(spatial_size), num_timesteps, num_classes
-        self.weighting, self.bound_share, self.gradient_weight = weighting, bound_share, gradient_weight
+        self.weighting, self.bound_share = weighting, bound_share
+        self.diffusion_weight, self.gradient_weight = diffusion_weight, gradient_weight
         self.sampler, self.num_steps, self.seed = sampler, num_steps, seed
 
         self.schedule = SCHEDULES[schedule](*gamma_range)
@@ -226,14 +230,21 @@ class VariationalDiffusionNet(nn.Module):
 
     @torch.no_grad()
     def standardise(self, batches: Iterable[dict]) -> None:
-        """Measure how much of the finest patterns images hold, before training, see :class:`ConvolutionalScore`.
+        """Fit, before training, what has a closed form.
+
+        It is how much of the finest patterns images hold (see :class:`ConvolutionalScore`), and of ``medvdm`` the linear
+        codec that its encoder and decoder begin as.
 
         Args:
-            batches: dictionaries with ``image``, images (B, 1, H, W) in [0, 1]. The paper's model needs none.
+            batches: dictionaries with ``image``, images (B, 1, H, W) in [0, 1].
+
+        Raises:
+            ValueError: of ``medvdm``, for fewer images than ``latent_size``.
         """
+        device = next(self.score.parameters()).device
         if self.codec.grey_scale is not None:
+            self.codec.begin_linear(torch.cat([batch["image"] for batch in batches]).to(device))
             return
-        device = self.score.mean.device
         grey = (self.codec.encode(batch["image"].to(device), None, None) for batch in batches)
         amounts = torch.cat([self.score.patterns_of(image) for image in grey])
         self.score.mean.copy_(amounts.mean(dim=0))
@@ -266,9 +277,9 @@ class VariationalDiffusionNet(nn.Module):
             generator: source of times and noise, see :func:`scripts.samplers.for_batch`.
 
         Returns:
-            ``recon``, ``latent`` and ``diffusion`` of :meth:`bound`, means over the batch, and ``gradient`` with a
-            ``gradient_weight``. In training with weighting ``mixed``: ``velocity``, the mean squared error of the
-            velocity (Salimans & Ho 2022, arXiv 2202.00512).
+            ``recon``, ``latent`` and ``diffusion`` of :meth:`bound`, means over the batch, the last two with
+            ``diffusion_weight`` in training; ``gradient`` with a ``gradient_weight``. In training with weighting
+            ``mixed``: ``velocity``, the mean squared error of the velocity (Salimans & Ho 2022, arXiv 2202.00512).
         """
         label = class_label if self.num_classes else None
         if self.num_classes and self.training:
@@ -277,7 +288,9 @@ class VariationalDiffusionNet(nn.Module):
         if self.training and self.weighting == "mixed":
             return {"velocity": self._velocity_error(image, label, generator)}
         terms, rescaled = self._bound(image, generator, label)
-        losses = {name: terms[name].mean() for name in ("recon", "latent", "diffusion")}
+        weight = self.diffusion_weight if self.training and self.codec.grey_scale is not None else 1.0
+        losses = {"recon": terms["recon"].mean()}
+        losses |= {name: weight * terms[name].mean() for name in ("latent", "diffusion")}
         if self.gradient_weight:
             gamma_0 = self.schedule(rescaled.new_zeros(1))[0]
             restored = self.codec.decode(rescaled, gamma_0, self._label(label, image))
