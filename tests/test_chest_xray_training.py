@@ -12,6 +12,8 @@ from conftest import ROOT, run
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from scripts.networks.noise_schedules import SCHEDULES
+
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 CONFIGS = {"image": "configs/train.json", "medvdm": "['configs/train.json','configs/train_medvdm.json']"}
 TINY = {
@@ -65,3 +67,18 @@ def test_the_configured_network_is_small_enough_to_ship(model):
     assert network.weighting == ("mixed" if model == "image" else "bound")
     assert 2 * sum(p.numel() for p in network.parameters()) < 20e6
     assert network.spatial_size == (64, 64)
+
+
+def test_inference_and_evaluation_take_the_weights_that_training_the_papers_model_gives():
+    networks = []
+    for names, wanted in ((("train", "train_medvdm"), "network_def"), (("inference", "evaluate"), "medvdm")):
+        parser = ConfigParser()
+        parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in names])
+        networks.append(parser.get_parsed_content(wanted))
+    parser = ConfigParser()
+    parser.read_config(BUNDLE / "configs" / "inference.json")
+    parser["model"] = "medvdm"
+    trained, *others = [*networks, parser.get_parsed_content("network_def")]
+    for network in others:
+        network.load_state_dict(trained.state_dict())
+        assert type(network.schedule) is type(trained.schedule) is SCHEDULES["monotonic"]

@@ -57,7 +57,7 @@ def test_the_codec_begins_as_the_principal_components():
     net.begin_linear(image)
     f = net.encode(image, GAMMA_0, None)
     torch.testing.assert_close(f[:, :3].T.cov(), FIRST_STD**2 * torch.eye(3), atol=1e-5, rtol=0.02)
-    assert (net.decode(f, GAMMA_0, None) - image).abs().max() < 1e-4
+    assert (net.decode(f, GAMMA_0, None) - image).abs().max() < 3e-4
 
 
 def test_a_codec_is_not_begun_with_fewer_images_than_it_has_numbers():

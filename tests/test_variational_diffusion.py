@@ -67,7 +67,8 @@ class GaussianData(nn.Module):
 
 def gaussian_network(s=0.5, **kwargs):
     """A network whose parts are exact for one pixel that is N(0, s²)."""
-    settings = {**TINY, "spatial_size": (1, 1), "latent_size": 1, "gamma_range": (-12.0, 12.0), "model": "medvdm"}
+    settings = {**TINY, "spatial_size": (1, 1), "latent_size": 1, "gamma_range": (-12.0, 12.0)}
+    settings |= {"model": "medvdm", "schedule": "linear"}
     net = VariationalDiffusionNet(**{**settings, **kwargs}).double().eval()
     net.codec = net.score = GaussianData(s)
     return net

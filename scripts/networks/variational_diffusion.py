@@ -43,7 +43,8 @@ class VariationalDiffusionNet(nn.Module):
     Args:
         spatial_size: height and width of an image.
         model: ``image`` or ``medvdm``.
-        schedule: ``linear``, ``learned_linear`` or ``monotonic``, see :mod:`scripts.networks.noise_schedules`.
+        schedule: ``linear``, ``learned_linear`` or ``monotonic``, see :mod:`scripts.networks.noise_schedules`; None for
+            ``linear`` of ``image`` and ``monotonic`` of ``medvdm``.
         gamma_range: gamma at times 0 and 1, of a learned line before its training; None for (-13.3, 9) of ``image`` and
             (-13.3, 5) of ``medvdm``.
         num_timesteps: number T of steps of the bound; None for its limit, continuous time.
@@ -80,7 +81,7 @@ class VariationalDiffusionNet(nn.Module):
         self,
         spatial_size: Sequence[int] = (64, 64),
         model: str = "image",
-        schedule: str = "linear",
+        schedule: str | None = None,
         gamma_range: Sequence[float] | None = None,
         num_timesteps: int | None = None,
         weighting: str = "bound",
@@ -91,7 +92,7 @@ class VariationalDiffusionNet(nn.Module):
         num_res_blocks: int = 1,
         detail: str = "lattice",
         latent_size: int = 64,
-        hidden_size: int = 512,
+        hidden_size: int = 256,
         num_blocks: int = 6,
         score_size: int = 128,
         score_blocks: int = 10,
@@ -102,6 +103,7 @@ class VariationalDiffusionNet(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        schedule = schedule or ("monotonic" if model == "medvdm" else "linear")
         for name, value, known in (
             ("model", model, GAMMA_RANGES),
             ("schedule", schedule, SCHEDULES),
