@@ -70,25 +70,25 @@ class DisplacementInferer(Inferer):
     Args:
         network_def: the network with the settings wanted, which has ``gammas`` (the fractions of the way) and gives
             their fields by ``displace``, (B, F, 3, H, W, D); it takes over the weights of the one it is called with.
-        num_frames: number of frames, evenly spaced from the source to the target; None for as many as the cine has
+        num_frames: number of frames, evenly spaced from the source to the target; 0 for as many as the cine has
             (``meta["num_frames"]`` of the input), or ``default_frames`` where there are no frames between.
         gammas: fractions of the way in place of evenly spaced ones.
         default_frames: see ``num_frames``.
 
     Raises:
-        ValueError: for fewer than two frames.
+        ValueError: for a single frame.
     """
 
     def __init__(
         self,
         network_def: nn.Module,
-        num_frames: int | None = None,
+        num_frames: int = 0,
         gammas: Sequence[float] | None = None,
         default_frames: int = 10,
     ) -> None:
         super().__init__()
-        if num_frames is not None and num_frames < 2:
-            raise ValueError(f"num_frames must be 2 at least, source and target, got {num_frames}.")
+        if num_frames != 0 and num_frames < 2:
+            raise ValueError(f"num_frames must be 2 at least, source and target, or 0; got {num_frames}.")
         self.network_def, self.num_frames, self.default_frames = network_def, num_frames, default_frames
         self.gammas = None if gammas is None else [float(gamma) for gamma in gammas]
 

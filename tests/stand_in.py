@@ -64,7 +64,7 @@ class Shrinking(nn.Module):
     """Shrinks the source towards the middle of the volume: displacement(p) = gamma · rate · (p - middle)."""
 
     def __init__(
-        self, num_frames: int = 10, gammas: Sequence[float] | None = None, seed: int = 0, amp: bool = True, rate: float = 0.2
+        self, num_frames: int = 10, gammas: Sequence[float] | None = None, rate: float = 0.2, **settings: object
     ) -> None:
         super().__init__()
         self.gammas = gammas or torch.linspace(0, 1, num_frames).tolist()
