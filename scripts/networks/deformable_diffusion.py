@@ -270,14 +270,7 @@ class DeformableDiffusionNet(CineNet):
             attention_levels=[False] * len(channels),
             norm_num_groups=min(8, channels[0]),
         ).to(memory_format=torch.channels_last_3d)
-        self.deformation = LeanVoxelMorphUNet(
-            lean,
-            spatial_dims=3,
-            in_channels=2,
-            unet_out_channels=deformation_out,
-            channels=deformation_channels,
-            final_conv_channels=final_channels,
-        ).to(memory_format=torch.channels_last_3d)
+        self.deformation = _unet_of_pairs(deformation_channels, deformation_out, final_channels, lean)
         table = alphas_cumprod_table("linear", num_levels, 1e-6, 1e-2)
         self.register_buffer("alphas_cumprod", table, persistent=False)
 
@@ -351,13 +344,7 @@ class VoxelMorphNet(CineNet):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.registration = LeanVoxelMorphUNet(
-            spatial_dims=3,
-            in_channels=2,
-            unet_out_channels=out_channels,
-            channels=channels,
-            final_conv_channels=final_channels,
-        ).to(memory_format=torch.channels_last_3d)
+        self.registration = _unet_of_pairs(channels, out_channels, final_channels)
 
     def motion(self, source: Tensor, target: Tensor) -> Tensor:
         """Displacement or velocity (B, 3, H, W, D), in voxels."""
@@ -370,3 +357,18 @@ class VoxelMorphNet(CineNet):
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """As above, but for the noise."""
         return self._losses(image, self.motion(image[:, :1], image[:, -1:]), generator)
+
+
+def _unet_of_pairs(
+    channels: Sequence[int], out_channels: int, final_channels: Sequence[int], lean: bool = True
+) -> LeanVoxelMorphUNet:
+    """From two volumes, as two channels, to a field."""
+    network = LeanVoxelMorphUNet(
+        lean,
+        spatial_dims=3,
+        in_channels=2,
+        unet_out_channels=out_channels,
+        channels=channels,
+        final_conv_channels=final_channels,
+    )
+    return network.to(memory_format=torch.channels_last_3d)
