@@ -250,3 +250,23 @@ def test_sprites_in_a_volume_of_real_slices_that_were_not_trained_on_are_found(t
     assert infer(tmp_path / "a.nii.gz", tmp_path / "out").returncode == 0
     found = nib.load(tmp_path / "out" / "a" / "a_seg.nii.gz").get_fdata()
     assert dice(found, masks[:, 0].permute(1, 2, 0).numpy()) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (("inference",), "dataset#data"),
+        (("inference", "evaluate"), "dataset#data"),
+        (("train",), "train#dataset#data"),
+        (("train",), "validate#dataset#data"),
+    ],
+)
+def test_of_a_folder_with_several_classes_the_head_ct_is_taken(tmp_path, names, wanted):
+    for folder in ("CXR", "HeadCT", "Hand"):
+        for number in range(20):
+            save_picture(tmp_path / folder / f"{number:06}.png", make_ct_slice(number))
+    parser = ConfigParser()
+    parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in names])
+    parser["dataset_dir"] = str(tmp_path)
+    images = [Path(case["image"]) for case in parser.get_parsed_content(wanted)]
+    assert images and all(image.parent.name == "HeadCT" for image in images)
