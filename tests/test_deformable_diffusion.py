@@ -4,16 +4,16 @@ import pytest
 import torch
 from monai.networks.nets import VoxelMorphUNet
 
-from scripts.networks.deformable_diffusion import DeformableDiffusionNet, LeanVoxelMorphUNet, VoxelMorphNet
+from scripts.networks.deformable_diffusion import DeformableDiffusionNet, LeanInstanceNorm, LeanVoxelMorphUNet, VoxelMorphNet
 
 SIZE = (16, 16, 8)
 SMALL = {
     "channels": (4, 4, 8),
-    "deformation_channels": (4, 4, 4, 4, 4, 4),
+    "deformation_channels": (4, 4, 4, 4),
     "deformation_out": 4,
     "final_channels": (4,),
 }
-SMALL_VOXELMORPH = {"channels": (4, 4, 4, 4, 4, 4), "out_channels": 4, "final_channels": (4,)}
+SMALL_VOXELMORPH = {"channels": (4, 4, 4, 4), "out_channels": 4, "final_channels": (4,)}
 
 
 def blob(centre, size=SIZE):
@@ -56,7 +56,14 @@ def seeded():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda **k: DeformableDiffusionNet(**SMALL, **k), lambda **k: VoxelMorphNet(**SMALL_VOXELMORPH, **k)]
+    "make",
+    [
+        lambda **k: DeformableDiffusionNet(**SMALL, **k),
+        lambda **k: VoxelMorphNet(**SMALL_VOXELMORPH, **k),
+        lambda **k: DeformableDiffusionNet(**SMALL, **{"reduction": 2, "norm": True, "diffeomorphic": True, **k}),
+        lambda **k: VoxelMorphNet(**SMALL_VOXELMORPH, **{"reduction": 2, "norm": True, "diffeomorphic": True, **k}),
+    ],
+    ids=["ddm", "voxelmorph", "ddm reduced", "voxelmorph reduced"],
 )
 class TestEveryNetwork:
     def test_gives_as_many_frames_as_asked_of_any_size(self, make):
@@ -106,6 +113,16 @@ class TestEveryNetwork:
         error = (network(image) - image[:, 1:]).square().mean(dim=(0, 2, 3, 4))
         assert error[1] < 0.5 * error[0]
 
+    def test_sees_all_of_both_images_on_its_coarser_grid(self, make):
+        network, image = make(num_frames=2, reduction=2), torch.rand(1, 2, *SIZE)
+        network(image)
+        before = network.displacement
+        for voxel in [(8, 8, 4), (9, 8, 4), (8, 9, 4), (8, 8, 5)]:
+            changed = image.clone()
+            changed[(0, slice(None), *voxel)] += 1
+            network(changed)
+            assert not torch.equal(network.displacement, before)
+
     def test_pays_for_a_field_that_folds_over(self, make):
         network = make(folding=2.0, similarity_weight=1.0)
         there = torch.arange(SIZE[0], dtype=torch.float32)
@@ -114,6 +131,12 @@ class TestEveryNetwork:
         assert network._mismatch(pair()[:, :1], field, pair()[:, 1:])["folding"].item() == pytest.approx(1.0)
         assert network._mismatch(pair()[:, :1], 0.5 * field, pair()[:, 1:])["folding"] == 0
         assert network.losses(pair(), None, generator()).keys() - {"noise"} == {"similarity", "smoothness", "folding"}
+
+    def test_pays_for_the_share_of_the_squared_error_that_the_motion_leaves(self, make):
+        network, still = make(squared_error=2.0, similarity_weight=1.0), torch.zeros(1, 3, *SIZE)
+        for target in (pair()[:, 1:], pair()[:, :1] + 0.1 * torch.rand(1, 1, *SIZE)):  # much motion, and hardly any
+            assert network._mismatch(pair()[:, :1], still, target)["squared_error"].item() == pytest.approx(2.0)
+        assert network._mismatch(pair()[:, :1], still, pair()[:, :1])["squared_error"] < 1e-6
 
     def test_looks_at_the_frames_between_only_if_told_to(self, make):
         network, cine = make(window=5), torch.cat([pair()[:, :1], torch.rand(1, 1, *SIZE), pair()[:, 1:]], dim=1)
@@ -130,7 +153,7 @@ class TestEveryNetwork:
 
 class TestDeformableDiffusion:
     def test_scales_the_code_along_the_way(self):
-        network = moved(DeformableDiffusionNet(**SMALL), [0.0, 0.5, 1.0], shift=2.0)
+        network = moved(DeformableDiffusionNet(**SMALL, reduction=1), [0.0, 0.5, 1.0], shift=2.0)
         image = torch.rand(1, 2, *SIZE)
         frames = network(image)
         assert torch.allclose(frames[:, 1, :-1], image[:, 0, 1:], atol=1e-6)  # a whole voxel
@@ -142,7 +165,7 @@ class TestDeformableDiffusion:
         with torch.no_grad():
             code = network.noise(image[:, :1], image[:, 1:], image[:, 1:], torch.zeros(1))
             expected = network.deformation(torch.cat([image[:, :1], code], dim=1))
-        assert torch.allclose(network.displacement[:, 0], expected, atol=1e-6)
+        assert torch.allclose(network.displacement, network._integrate(expected[:, None]), atol=1e-5)
 
     def test_estimates_the_noise_of_the_noised_target(self):
         network, image = DeformableDiffusionNet(**SMALL), pair()
@@ -182,32 +205,53 @@ class TestVoxelMorph:
         assert torch.allclose(2 * half, whole)
 
     def test_integrates_a_velocity_that_is_everywhere_alike_to_its_product_with_the_time(self):
-        network = VoxelMorphNet(diffeomorphic=True, **SMALL_VOXELMORPH)
+        network = VoxelMorphNet(diffeomorphic=True, reduction=1, **SMALL_VOXELMORPH)
         velocity = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1, 1).expand(1, 3, *SIZE)
         fields = network.fields(velocity, [0.25, 1.0])
         assert torch.allclose(fields[:, 0], 0.25 * velocity, atol=1e-5)
         assert torch.allclose(fields[:, 1], velocity, atol=1e-5)
 
-    def test_integrates_a_linear_velocity_to_its_exponential(self):
-        network = VoxelMorphNet(diffeomorphic=True, **SMALL_VOXELMORPH)
-        x = torch.arange(16.0) - 7.5
-        velocity = torch.zeros(1, 3, *SIZE)
-        velocity[:, 0] = (-0.5 * x)[:, None, None]  # dx/dt = -x/2, towards the middle
+    @pytest.mark.parametrize("reduction", [1, 2])
+    def test_integrates_a_linear_velocity_to_its_exponential(self, reduction):
+        network = VoxelMorphNet(diffeomorphic=True, reduction=reduction, **SMALL_VOXELMORPH)
+        x = torch.arange(32.0) - 15.5
+        on_grid = torch.arange(32.0 / reduction) - (32 / reduction - 1) / 2
+        velocity = torch.zeros(1, 3, len(on_grid), 16 // reduction, 8 // reduction)
+        velocity[:, 0] = (-0.5 * on_grid)[:, None, None]  # dx/dt = -x/2, towards the middle
         field = network.fields(velocity, [1.0])[0, 0, 0, :, 8, 4]
-        assert torch.allclose(x + field, x * torch.exp(torch.tensor(-0.5)), atol=0.05)
+        inside = slice(reduction, -reduction)  # beyond its outermost points a grid knows nothing
+        assert torch.allclose((x + field)[inside], (x * torch.exp(torch.tensor(-0.5)))[inside], atol=0.05)
+
+
+class TestLeanInstanceNorm:
+    def test_gives_what_the_norm_of_pytorch_gives(self):
+        lean, plain = LeanInstanceNorm(6, affine=True), torch.nn.InstanceNorm3d(6, affine=True)
+        lean.weight.data.normal_()
+        lean.bias.data.normal_()
+        plain.load_state_dict(lean.state_dict())
+        x = (3 + 2 * torch.randn(2, 6, 4, 5, 3)).contiguous(memory_format=torch.channels_last_3d)
+        assert torch.equal(lean(x), plain(x))
+        with torch.no_grad():
+            assert torch.allclose(lean(x), plain(x), atol=1e-5)
+            assert lean(x).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 class TestLeanUNet:
+    def test_puts_no_norm_on_the_field_itself(self):
+        network = DeformableDiffusionNet(**SMALL).deformation
+        features = torch.randn(1, 4, *SIZE)
+        one, three = (network.net[1][-1](factor * features).std(dim=(0, 2, 3, 4)) for factor in (1, 3))
+        assert torch.allclose(three, 3 * one)
+
     @pytest.mark.parametrize("levels", [2, 3, 4])
     def test_gives_what_the_network_of_monai_gives(self, levels):
         settings = {
             "spatial_dims": 3,
-            "in_channels": 2,
             "unet_out_channels": 6,
             "channels": (4, 5) * levels,
             "final_conv_channels": (3,),
         }
-        lean, plain = LeanVoxelMorphUNet(**settings), VoxelMorphUNet(**settings)
+        lean, plain = LeanVoxelMorphUNet(**settings), VoxelMorphUNet(in_channels=2, **settings)
         plain.load_state_dict(lean.state_dict())
         x = torch.randn(2, 2, 16, 32, 16)
         assert torch.allclose(lean(x), plain(x), atol=1e-6)
@@ -220,17 +264,16 @@ class TestLeanUNet:
         pairs = [network(torch.cat([still, factor * scaled], dim=1)) for factor in (0.0, 0.3, 1.0)]
         for network.lean in (True, False):
             fields = network.along(network.prepare(still, scaled), [0.0, 0.3, 1.0])
-            assert torch.allclose(fields, torch.stack(pairs, dim=1), atol=1e-6)
+            assert torch.allclose(fields, torch.stack(pairs, dim=1), atol=1e-5)
 
     def test_gives_the_same_gradient(self):
         settings = {
             "spatial_dims": 3,
-            "in_channels": 2,
             "unet_out_channels": 4,
             "channels": (4,) * 6,
             "final_conv_channels": (4,),
         }
-        lean, plain = LeanVoxelMorphUNet(**settings), VoxelMorphUNet(**settings)
+        lean, plain = LeanVoxelMorphUNet(**settings), VoxelMorphUNet(in_channels=2, **settings)
         plain.load_state_dict(lean.state_dict())
         x = torch.randn(1, 2, *SIZE)
         for network in (lean, plain):

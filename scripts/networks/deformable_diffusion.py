@@ -7,13 +7,14 @@ Image Generation*, MICCAI 2022, arXiv 2206.13295; :class:`VoxelMorphNet` is what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 from monai.networks.blocks import DVF2DDF, Convolution, Warp
+from monai.networks.layers import Norm
 from monai.networks.nets import DiffusionModelUNet, VoxelMorphUNet
+from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,11 +23,30 @@ from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 
 __all__ = ["CineNet", "DeformableDiffusionNet", "VoxelMorphNet"]
 
-MULTIPLE = 8  # of every spatial size: three halvings in each network
+MULTIPLE = 8  # of every spatial size: three halvings in each network, where the blocks of voxels count as one
+
+
+class LeanInstanceNorm(nn.InstanceNorm3d):
+    """Instance norm that leaves volumes in the memory's order "channels last", where no gradient is wanted.
+
+    PyTorch's own brings them to another order and, with the next convolution, back, which takes longer than the rest. As a
+    group norm of one channel a group it does not, but there the gradient takes much longer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (B, C, H, W, D), each channel of each of them with mean 0 and variance 1, then scaled and shifted."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return functional.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+
+
+@Norm.factory_function("lean_instance")
+def _lean_instance(dim: int) -> type[LeanInstanceNorm]:
+    return LeanInstanceNorm
 
 
 class LeanVoxelMorphUNet(VoxelMorphUNet):
-    """MONAI's VoxelMorphUNet, the same weights and result with less than half of the work.
+    """MONAI's VoxelMorphUNet, the same weights and result with less than half of the work; no norm of the field itself.
 
     Where MONAI convolves a skipped map and an upsampled one side by side, each is convolved by itself with its share of
     the kernel. Nearest upsampling followed by a convolution of 3 x 3 x 3 is one transposed convolution of 4 x 4 x 4 with
@@ -34,18 +54,21 @@ class LeanVoxelMorphUNet(VoxelMorphUNet):
 
     Args:
         lean: False for MONAI's own way.
+        reduction: edge of the blocks of voxels that become one voxel with so many more channels, before everything else.
         kwargs: arguments of :class:`monai.networks.nets.VoxelMorphUNet`.
     """
 
-    def __init__(self, lean: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.lean = lean
+    def __init__(self, lean: bool = True, reduction: int = 1, **kwargs: Any) -> None:
+        super().__init__(in_channels=2 * reduction**3, **kwargs)
+        self.lean, self.reduction = lean, reduction
+        self.net[1][-1].adn = nn.Identity()  # a norm there would make all motions equally strong
 
     def forward(self, concatenated_pairs: Tensor) -> Tensor:
-        """Images (B, C, H, W, D), sizes being multiples of 8, to a field (B, 3, H, W, D)."""
+        """Pairs (B, 2, H, W, D), sizes being multiples of 8, to a field (B, 3, H, W, D), or smaller by the reduction."""
+        pairs = pixelunshuffle(concatenated_pairs, 3, self.reduction)
         if not self.lean:
-            return super().forward(concatenated_pairs)
-        return self._beyond_first(self.net[0][0](concatenated_pairs.contiguous(memory_format=torch.channels_last_3d)))
+            return super().forward(pairs)
+        return self._beyond_first(self.net[0][0](pairs.contiguous(memory_format=torch.channels_last_3d)))
 
     def prepare(self, still: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
         """What all pairs of one image and multiples of another have in common, for :meth:`along`; both (B, 1, H, W, D).
@@ -55,12 +78,13 @@ class LeanVoxelMorphUNet(VoxelMorphUNet):
         if not self.lean:
             return still, scaled
         conv = self.net[0][0].conv
-        weight = conv.weight.transpose(0, 1).flatten(0, 1)[:, None]
-        both = torch.cat([still, scaled], dim=1).contiguous(memory_format=torch.channels_last_3d)
+        weight = torch.cat(conv.weight.chunk(2, dim=1)).contiguous()
+        both = pixelunshuffle(torch.cat([still, scaled], dim=1), 3, self.reduction)
+        both = both.contiguous(memory_format=torch.channels_last_3d)
         return functional.conv3d(both, weight, torch.cat([conv.bias, 0 * conv.bias]), padding=1, groups=2).chunk(2, dim=1)
 
     def along(self, prepared: tuple[Tensor, Tensor], factors: Sequence[float]) -> Tensor:
-        """Fields (B, F, 3, H, W, D) of the pairs (still, factor·scaled) that were prepared."""
+        """Fields (B, F, 3, ...) of the pairs (still, factor·scaled) that were prepared."""
         still, scaled = prepared
         if not self.lean:
             pairs = torch.stack([torch.cat([still, factor * scaled], dim=1) for factor in factors], dim=1)
@@ -86,9 +110,10 @@ class LeanVoxelMorphUNet(VoxelMorphUNet):
     @staticmethod
     def _convolve(conv: nn.Conv3d, high: Tensor, low: Tensor) -> Tensor:
         of_high, of_low = conv.weight.split([high.shape[1], low.shape[1]], dim=1)
-        taps = of_low.flip(2, 3, 4).flatten(0, 1)[:, None]
-        kernel = functional.conv3d(taps, taps.new_ones(1, 1, 2, 2, 2), padding=1)  # every low voxel stands for 2 x 2 x 2
-        kernel = kernel.view(*of_low.shape[:2], 4, 4, 4).transpose(0, 1)
+        kernel = of_low.flip(2, 3, 4).transpose(0, 1)
+        for axis in (2, 3, 4):  # every low voxel stands for 2 x 2 x 2
+            none = torch.zeros_like(kernel.narrow(axis, 0, 1))
+            kernel = torch.cat([kernel, none], dim=axis) + torch.cat([none, kernel], dim=axis)
         upsampled = functional.conv_transpose3d(low, kernel, stride=2, padding=1)
         return functional.conv3d(high, of_high, conv.bias, padding=1).add_(upsampled)
 
@@ -102,10 +127,15 @@ class CineNet(nn.Module):
     Args:
         num_frames: number of frames from source (γ = 0) to target (γ = 1), both counted, evenly spaced.
         gammas: the fractions themselves, in place of ``num_frames``.
+        reduction: edge of the blocks of voxels that the networks take for one voxel with so many more channels, and of the
+            grid on which they find the motion: none of the images is lost, with less work and two halvings of the grid in
+            place of three; 1 in the paper.
         diffeomorphic: take what the network gives for a velocity, integrated by scaling and squaring (Dalca et al. 2019,
             arXiv 1903.03545), so that space hardly ever folds over; or for the displacement itself.
         integration_steps: number of squarings.
         similarity_weight: weight of similarity and smoothness in the training (λ of the paper).
+        squared_error: weight, beside the similarity, of the mean squared error of the grey levels as a share of what it is
+            without any motion, so that hearts that move little count as much as others; 0 in the paper.
         smoothness: weight of the smoothness beside the similarity.
         folding: weight, beside the similarity, of the mean by which the Jacobian determinant lies below 0 (Mok and Chung
             2020, arXiv 2003.09514); 0 in the paper.
@@ -127,9 +157,11 @@ class CineNet(nn.Module):
         self,
         num_frames: int = 10,
         gammas: Sequence[float] | None = None,
+        reduction: int = 1,
         diffeomorphic: bool = False,
         integration_steps: int = 5,
         similarity_weight: float = 20.0,
+        squared_error: float = 0.0,
         smoothness: float = 1.0,
         folding: float = 0.0,
         frames_weight: float = 0.0,
@@ -144,7 +176,8 @@ class CineNet(nn.Module):
         if not self.gammas or min(self.gammas) < 0 or max(self.gammas) > 1:
             raise ValueError(f"gammas must lie in 0 ... 1, 0 being the source and 1 the target; got {self.gammas}")
         self.similarity_weight, self.frames_weight = similarity_weight, frames_weight
-        self.smoothness, self.folding = smoothness, folding
+        self.squared_error, self.smoothness, self.folding = squared_error, smoothness, folding
+        self.reduction = reduction
         self.max_batch, self.amp = max_batch, amp
         self.warp = Warp(padding_mode="border")
         self.integrator = DVF2DDF(integration_steps, padding_mode="border") if diffeomorphic else None
@@ -164,17 +197,15 @@ class CineNet(nn.Module):
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp)
 
     def _integrate(self, fields: Tensor) -> Tensor:
-        """Displacements of fields (B, F, 3, H, W, D), which are velocities if ``diffeomorphic``.
+        """Displacements (B, F, 3, H, W, D) of the networks' fields on their own grid, velocities if ``diffeomorphic``.
 
-        The integral is found at half the resolution, with an eighth of the work.
+        Velocities are integrated at half the resolution of the images at most, with an eighth of the work.
         """
-        if self.integrator is None:
-            return fields
-        size = fields.shape[3:]
-        scale = torch.tensor([(n // 2 - 1) / (n - 1) for n in size]).to(fields).view(1, 3, 1, 1, 1)
-        resize = partial(functional.interpolate, mode="trilinear", align_corners=True)
-        half = self.integrator(scale * resize(fields.flatten(0, 1), [n // 2 for n in size]))
-        return (resize(half, size) / scale).unflatten(0, fields.shape[:2])
+        flat = fields.flatten(0, 1)
+        if self.integrator is not None:
+            half = 0.5 if self.reduction == 1 else 1
+            flat = _resized(self.integrator(_resized(flat, half)), 1 / half)
+        return _resized(flat, self.reduction).unflatten(0, fields.shape[:2])
 
     @torch.no_grad()
     def displace(self, image: Tensor) -> Tensor:
@@ -205,10 +236,14 @@ class CineNet(nn.Module):
 
     def _mismatch(self, source: Tensor, field: Tensor, frame: Tensor) -> dict[str, Tensor]:
         """Losses of a field that is to deform the source into a frame; similarity as 1 - mean squared correlation."""
+        pred = self.warp(source, field)
         losses = {
-            "similarity": 1 + self.similarity(self.warp(source, field), frame),
+            "similarity": 1 + self.similarity(pred, frame),
             "smoothness": self.smoothness * self.roughness(field),
         }
+        if self.squared_error:
+            left, before = ((image - frame).square().flatten(1).mean(dim=1) for image in (pred, source))
+            losses["squared_error"] = self.squared_error * (left / before.clamp(min=1e-4)).mean()
         if self.folding:
             losses["folding"] = self.folding * functional.relu(-jacobian_determinant(field)).mean()
         return losses
@@ -242,7 +277,9 @@ class DeformableDiffusionNet(CineNet):
         deformation_out: channels of the deformation module before its last convolutions.
         final_channels: of the last convolutions but one.
         num_levels: noise levels.
-        lean: make the deformation module's work less, see :class:`LeanVoxelMorphUNet`.
+        norm: instance norms in the deformation module, which learns large motions sooner and small ones worse; none in the
+            paper.
+        lean: make the networks' work less, see :class:`LeanVoxelMorphUNet`.
         clean_share: share of the training's batches whose code comes from the target without noise, as at inference; 0 in
             the paper.
         kwargs: arguments of :class:`CineNet`.
@@ -255,6 +292,7 @@ class DeformableDiffusionNet(CineNet):
         deformation_out: int = 16,
         final_channels: Sequence[int] = (8,),
         num_levels: int = 2000,
+        norm: bool = False,
         lean: bool = True,
         clean_share: float = 0.0,
         **kwargs: Any,
@@ -263,14 +301,16 @@ class DeformableDiffusionNet(CineNet):
         self.clean_share = clean_share
         self.diffusion = DiffusionModelUNet(
             spatial_dims=3,
-            in_channels=3,
-            out_channels=1,
+            in_channels=3 * self.reduction**3,
+            out_channels=self.reduction**3,
             num_res_blocks=1,
             channels=channels,
             attention_levels=[False] * len(channels),
             norm_num_groups=min(8, channels[0]),
-        ).to(memory_format=torch.channels_last_3d)
-        self.deformation = _unet_of_pairs(deformation_channels, deformation_out, final_channels, lean)
+        )
+        if lean:
+            self.diffusion.to(memory_format=torch.channels_last_3d)
+        self.deformation = _unet_of_pairs(deformation_channels, deformation_out, final_channels, self.reduction, norm, lean)
         table = alphas_cumprod_table("linear", num_levels, 1e-6, 1e-2)
         self.register_buffer("alphas_cumprod", table, persistent=False)
 
@@ -282,12 +322,13 @@ class DeformableDiffusionNet(CineNet):
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t, t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""
         with self._half(target):
-            added = self.diffusion(torch.cat([source, target, noised], dim=1), t).float()
+            images = pixelunshuffle(torch.cat([source, target, noised], dim=1), 3, self.reduction)
+            added = pixelshuffle(self.diffusion(images, t).float(), 3, self.reduction)
         signal = self.alphas_cumprod[t.long()].to(noised).sqrt().view(-1, 1, 1, 1, 1)
         return noised - signal * source + added
 
     def motion(self, source: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Source and latent code, prepared for the deformation module, and the fields (B, 1, 3, H, W, D) without a code."""
+        """Source and latent code, prepared for the deformation module, and the fields (B, 1, 3, ...) without a code."""
         code = self.noise(source, target, target, torch.zeros(len(source), device=source.device))
         prepared = self._prepare(source, code)
         return prepared, self._deform(prepared, [0.0])
@@ -333,6 +374,7 @@ class VoxelMorphNet(CineNet):
         channels: down and up in pairs, level by level.
         out_channels: channels before the last convolutions.
         final_channels: of the last convolutions but one.
+        norm: instance norms, see :class:`DeformableDiffusionNet`.
         kwargs: arguments of :class:`CineNet`.
     """
 
@@ -341,13 +383,14 @@ class VoxelMorphNet(CineNet):
         channels: Sequence[int] = (16, 32, 32, 32, 32, 32),
         out_channels: int = 16,
         final_channels: Sequence[int] = (8,),
+        norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.registration = _unet_of_pairs(channels, out_channels, final_channels)
+        self.registration = _unet_of_pairs(channels, out_channels, final_channels, self.reduction, norm)
 
     def motion(self, source: Tensor, target: Tensor) -> Tensor:
-        """Displacement or velocity (B, 3, H, W, D), in voxels."""
+        """Displacement or velocity (B, 3, ...) on the network's own grid, in its voxels."""
         with self._half(source):
             return self.registration(torch.cat([source, target], dim=1)).float()
 
@@ -359,16 +402,27 @@ class VoxelMorphNet(CineNet):
         return self._losses(image, self.motion(image[:, :1], image[:, -1:]), generator)
 
 
+def _resized(field: Tensor, factor: float) -> Tensor:
+    """Field (B, 3, H, W, D) on a grid so many times finer, in its voxels."""
+    return field if factor == 1 else factor * functional.interpolate(field, scale_factor=factor, mode="trilinear")
+
+
 def _unet_of_pairs(
-    channels: Sequence[int], out_channels: int, final_channels: Sequence[int], lean: bool = True
+    channels: Sequence[int],
+    out_channels: int,
+    final_channels: Sequence[int],
+    reduction: int,
+    norm: bool,
+    lean: bool = True,
 ) -> LeanVoxelMorphUNet:
     """From two volumes, as two channels, to a field."""
     network = LeanVoxelMorphUNet(
         lean,
+        reduction,
         spatial_dims=3,
-        in_channels=2,
         unet_out_channels=out_channels,
         channels=channels,
         final_conv_channels=final_channels,
+        norm=("lean_instance" if lean else "instance", {"affine": True}) if norm else None,
     )
-    return network.to(memory_format=torch.channels_last_3d)
+    return network.to(memory_format=torch.channels_last_3d) if lean else network
