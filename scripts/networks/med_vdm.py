@@ -121,7 +121,9 @@ class DenseCodec(nn.Module):
         Raises:
             ValueError: for fewer images than latent variables.
         """
-        x, size = 2 * image.flatten(1) - 1, math.prod(self.latent_shape)
+        # in 64 bits, since LAPACK's last bits differ from process to process, and a training is to be repeatable
+        image, size = image.double(), math.prod(self.latent_shape)
+        x = 2 * image.flatten(1) - 1
         if len(x) < size:
             raise ValueError(
                 f"{len(x)} images for the training are fewer than the {size} latent variables: "
