@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 from monai.networks.blocks import DVF2DDF, Convolution, Warp
-from monai.networks.layers import Norm
 from monai.networks.nets import DiffusionModelUNet, VoxelMorphUNet
 from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import Tensor, nn
@@ -26,27 +25,8 @@ __all__ = ["CineNet", "DeformableDiffusionNet", "VoxelMorphNet"]
 MULTIPLE = 8  # of every spatial size: three halvings in each network, where the blocks of voxels count as one
 
 
-class LeanInstanceNorm(nn.InstanceNorm3d):
-    """Instance norm that leaves volumes in the memory's order "channels last", where no gradient is wanted.
-
-    PyTorch's own brings them to another order and, with the next convolution, back, which takes longer than the rest. As a
-    group norm of one channel a group it does not, but there the gradient takes much longer.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Volumes (B, C, H, W, D), each channel of each of them with mean 0 and variance 1, then scaled and shifted."""
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return functional.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
-
-
-@Norm.factory_function("lean_instance")
-def _lean_instance(dim: int) -> type[LeanInstanceNorm]:
-    return LeanInstanceNorm
-
-
 class LeanVoxelMorphUNet(VoxelMorphUNet):
-    """MONAI's VoxelMorphUNet, the same weights and result with less than half of the work; no norm of the field itself.
+    """MONAI's VoxelMorphUNet, the same weights and result with less than half of the work.
 
     Where MONAI convolves a skipped map and an upsampled one side by side, each is convolved by itself with its share of
     the kernel. Nearest upsampling followed by a convolution of 3 x 3 x 3 is one transposed convolution of 4 x 4 x 4 with
@@ -61,7 +41,6 @@ class LeanVoxelMorphUNet(VoxelMorphUNet):
     def __init__(self, lean: bool = True, reduction: int = 1, **kwargs: Any) -> None:
         super().__init__(in_channels=2 * reduction**3, **kwargs)
         self.lean, self.reduction = lean, reduction
-        self.net[1][-1].adn = nn.Identity()  # a norm there would make all motions equally strong
 
     def forward(self, concatenated_pairs: Tensor) -> Tensor:
         """Pairs (B, 2, H, W, D), sizes being multiples of 8, to a field (B, 3, H, W, D), or smaller by the reduction."""
@@ -277,8 +256,6 @@ class DeformableDiffusionNet(CineNet):
         deformation_out: channels of the deformation module before its last convolutions.
         final_channels: of the last convolutions but one.
         num_levels: noise levels.
-        norm: instance norms in the deformation module, which learns large motions sooner and small ones worse; none in the
-            paper.
         lean: make the networks' work less, see :class:`LeanVoxelMorphUNet`.
         clean_share: share of the training's batches whose code comes from the target without noise, as at inference; 0 in
             the paper.
@@ -292,7 +269,6 @@ class DeformableDiffusionNet(CineNet):
         deformation_out: int = 16,
         final_channels: Sequence[int] = (8,),
         num_levels: int = 2000,
-        norm: bool = False,
         lean: bool = True,
         clean_share: float = 0.0,
         **kwargs: Any,
@@ -310,7 +286,7 @@ class DeformableDiffusionNet(CineNet):
         )
         if lean:
             self.diffusion.to(memory_format=torch.channels_last_3d)
-        self.deformation = _unet_of_pairs(deformation_channels, deformation_out, final_channels, self.reduction, norm, lean)
+        self.deformation = _unet_of_pairs(deformation_channels, deformation_out, final_channels, self.reduction, lean)
         table = alphas_cumprod_table("linear", num_levels, 1e-6, 1e-2)
         self.register_buffer("alphas_cumprod", table, persistent=False)
 
@@ -374,7 +350,6 @@ class VoxelMorphNet(CineNet):
         channels: down and up in pairs, level by level.
         out_channels: channels before the last convolutions.
         final_channels: of the last convolutions but one.
-        norm: instance norms, see :class:`DeformableDiffusionNet`.
         kwargs: arguments of :class:`CineNet`.
     """
 
@@ -383,11 +358,10 @@ class VoxelMorphNet(CineNet):
         channels: Sequence[int] = (16, 32, 32, 32, 32, 32),
         out_channels: int = 16,
         final_channels: Sequence[int] = (8,),
-        norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.registration = _unet_of_pairs(channels, out_channels, final_channels, self.reduction, norm)
+        self.registration = _unet_of_pairs(channels, out_channels, final_channels, self.reduction)
 
     def motion(self, source: Tensor, target: Tensor) -> Tensor:
         """Displacement or velocity (B, 3, ...) on the network's own grid, in its voxels."""
@@ -412,7 +386,6 @@ def _unet_of_pairs(
     out_channels: int,
     final_channels: Sequence[int],
     reduction: int,
-    norm: bool,
     lean: bool = True,
 ) -> LeanVoxelMorphUNet:
     """From two volumes, as two channels, to a field."""
@@ -423,6 +396,5 @@ def _unet_of_pairs(
         unet_out_channels=out_channels,
         channels=channels,
         final_conv_channels=final_channels,
-        norm=("lean_instance" if lean else "instance", {"affine": True}) if norm else None,
     )
     return network.to(memory_format=torch.channels_last_3d) if lean else network
