@@ -17,7 +17,7 @@ class StandInNet(nn.Module):
         self,
         spatial_size=(64, 64),
         model="image",
-        sampler="multistep",
+        sampler="dpmpp_2m_sde",
         num_steps=4,
         seed=0,
         amp=True,
@@ -25,8 +25,8 @@ class StandInNet(nn.Module):
         **other,
     ):
         super().__init__()
-        if sampler not in ("multistep", "ancestral"):
-            raise ValueError(f"unknown sampler '{sampler}': choose multistep or ancestral")
+        if sampler not in ("ancestral", "dpmpp_2m_sde"):
+            raise ValueError(f"unknown sampler '{sampler}': choose ancestral or dpmpp_2m_sde")
         self.spatial_size, self.model, self.num_steps = tuple(spatial_size), model, num_steps
         self.gain = nn.Parameter(torch.ones(()))
         self.sizes = []

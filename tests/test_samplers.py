@@ -20,11 +20,13 @@ import torch
 
 from scripts.samplers import (
     SOLVERS,
+    STOCHASTIC,
     alphas_cumprod_table,
     antithetic_times,
     ddim,
     ddpm,
     dpmpp_2m,
+    dpmpp_2m_sde,
     for_batch,
     level_grid,
     multistep,
@@ -231,15 +233,16 @@ def test_a_ddim_step_is_the_textbooks(levels):
 
 
 @pytest.mark.parametrize(
-    ("solver", "calls"), [("ddim", 10), ("heun", 20), ("multistep", 11), ("dpmpp_2m", 10), ("ddpm", 10)]
+    ("solver", "calls"),
+    [("ddim", 10), ("heun", 20), ("multistep", 11), ("dpmpp_2m", 10), ("ancestral", 10), ("dpmpp_2m_sde", 10)],
 )
 def test_a_solver_calls_the_network_as_often_as_it_says(solver, calls):
     levels = []
-    {**SOLVERS, "ddpm": ddpm}[solver](lambda x, t: levels.append(t) or x, image(1.0), level_grid(300, 10)[::-1], A)
+    (SOLVERS | STOCHASTIC)[solver](lambda x, t: levels.append(t) or x, image(1.0), level_grid(300, 10)[::-1], A)
     assert len(levels) == calls and set(levels) <= set(level_grid(300, 10))
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS.values(), ddpm])
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), *STOCHASTIC.values()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_solver_keeps_shape_and_type(solver, dtype):
     x = torch.ones(2, 1, 3, 4, dtype=dtype)
@@ -247,7 +250,7 @@ def test_a_solver_keeps_shape_and_type(solver, dtype):
     assert result.shape == x.shape and result.dtype == dtype and torch.equal(x, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS.values(), ddpm])
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), *STOCHASTIC.values()])
 def test_correct_is_called_after_every_step_with_its_levels_and_its_result_is_used(solver):
     levels, pairs, seen = [300, 200, 50, 7, 0], [], []
 
@@ -337,11 +340,11 @@ def test_the_posterior_takes_numbers_and_levels_of_a_batch():
         assert variance[i].item() == pytest.approx(one_variance)
 
 
-# --- ddpm
+# --- stochastic steps
 
 
-def variance_of_samples(s, n, learned):
-    """Variance of the images that ddpm draws from the latents of images ~ N(0, s²), without sampling error.
+def variance_of_samples(s, n, learned=False, sampler=ddpm):
+    """Variance of the images that a sampler draws from the latents of images ~ N(0, s²), without sampling error.
 
     The ideal model is linear, so that x stays a weighted sum of the independent draws; x holds the weights.
     """
@@ -359,15 +362,36 @@ def variance_of_samples(s, n, learned):
         assert 0 <= fraction <= 1
         return ideal(s)(x, t), fraction
 
-    x = ddpm(model, std(1000, s) * next(draws), grid, A, draw_noise=lambda x: next(draws))
+    x = sampler(model, std(1000, s) * next(draws), grid, A, draw_noise=lambda x: next(draws))
     assert next(draws, None) is None  # a draw for the start and for every step but the last
     return (x @ x).item(), grid[-2]
 
 
 @pytest.mark.parametrize("s", [0.25, 0.5])
 def test_ddpm_draws_images_with_the_right_variance(s):
-    variance, _ = variance_of_samples(s, 1000, learned=False)
+    variance, _ = variance_of_samples(s, 1000)
     assert variance == pytest.approx(s**2, rel=0.03)
+
+
+def error_of_even_steps(sampler, s, n):
+    """Relative error of the variance of what a sampler draws in n steps, even in the log of the signal-to-noise ratio."""
+    table = torch.sigmoid(-torch.linspace(-13.3, 9, n + 1, dtype=torch.float64))
+    variances = table * s**2 + 1 - table
+    draws = iter(torch.eye(n + 1, dtype=torch.float64))
+
+    def model(x, t):
+        return (1 - table[t]).sqrt() * x / variances[t]
+
+    x = sampler(model, variances[n].sqrt() * next(draws), range(n, -1, -1), table, draw_noise=lambda x: next(draws))
+    return abs((x @ x / variances[0]).item() - 1)
+
+
+@pytest.mark.parametrize("s", [0.25, 0.5, 2.0])
+@pytest.mark.parametrize(("sampler", "error", "factor"), [("ancestral", 0.34, 2), ("dpmpp_2m_sde", 0.057, 4)])
+def test_half_the_step_divides_the_error_of_the_variance_as_the_order_says(sampler, error, factor, s):
+    errors = [error_of_even_steps(STOCHASTIC[sampler], s, n) for n in (25, 50, 100)]
+    assert errors[0] == pytest.approx(error, rel=0.02)
+    assert all(0.8 * factor < coarse / fine < 1.05 * factor for coarse, fine in pairwise(errors))
 
 
 @pytest.mark.parametrize("s", [0.25, 0.5])
@@ -400,20 +424,42 @@ def test_fraction_1_is_the_upper_variance():
     torch.testing.assert_close(x - means, beta.sqrt() * draw)
 
 
+@pytest.mark.parametrize("sampler", STOCHASTIC.values())
 @pytest.mark.parametrize("t", [1, 50, 1000])
-def test_the_step_to_the_clean_image_adds_no_noise(t):
+def test_the_step_to_the_clean_image_adds_no_noise(t, sampler):
     def refuse(x):
         raise AssertionError("noise was drawn")
 
     x0 = (image(1.0) - (1 - A[t]).sqrt() * ideal(0.5)(image(1.0), t)) / A[t].sqrt()
-    torch.testing.assert_close(ddpm(ideal(0.5), image(1.0), [t, 0], A, draw_noise=refuse), x0)
+    torch.testing.assert_close(sampler(ideal(0.5), image(1.0), [t, 0], A, draw_noise=refuse), x0)
 
 
-def test_the_same_draws_give_the_same_sample_and_others_another():
+@pytest.mark.parametrize("sampler", STOCHASTIC.values())
+def test_the_same_draws_give_the_same_sample_and_others_another(sampler):
     grid = level_grid(1000, 20)[::-1]
-    first, second = (ddpm(ideal(0.5), image(1.0), grid, A, draw_noise=seeded_draws()) for _ in range(2))
+    first, second = (sampler(ideal(0.5), image(1.0), grid, A, draw_noise=seeded_draws()) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, ddpm(ideal(0.5), image(1.0), grid, A))
+    assert not torch.equal(first, sampler(ideal(0.5), image(1.0), grid, A))
+
+
+def test_a_first_step_of_second_order_is_ddpms_and_the_next_goes_towards_what_the_calls_foresee():
+    levels, seen = [600, 400, 250], []
+
+    def model(x, t):
+        seen.append((x, ideal(0.5)(x, t)))
+        return seen[-1][1]
+
+    first = dpmpp_2m_sde(model, image(1.0), levels[:2], A, draw_noise=torch.ones_like)
+    torch.testing.assert_close(first, ddpm(ideal(0.5), image(1.0), levels[:2], A, draw_noise=torch.ones_like))
+
+    seen.clear()
+    x = dpmpp_2m_sde(model, image(1.0), levels, A, draw_noise=torch.ones_like)
+    before, after = ((x - (1 - A[t]).sqrt() * noise) / A[t].sqrt() for (x, noise), t in zip(seen, levels, strict=False))
+    log_snr = [(A[t] / (1 - A[t])).log() / 2 for t in levels]
+    halfway = (log_snr[1] + log_snr[2]) / 2
+    foreseen = before + (after - before) * (halfway - log_snr[0]) / (log_snr[1] - log_snr[0])
+    mean, variance = posterior(seen[1][0], foreseen, A[400], A[250])
+    torch.testing.assert_close(x, mean + variance.sqrt())
 
 
 # --- continuous time
@@ -454,9 +500,10 @@ def test_hardly_any_noise_is_exact_in_single_precision():
     assert torch.sigmoid(-gamma).neg().add(1).sqrt().item() != pytest.approx(added, rel=1e-3)
 
 
-def test_the_last_ancestral_step_adds_noise_where_its_level_is_not_the_clean_image():
+@pytest.mark.parametrize("sampler", STOCHASTIC.values())
+def test_the_last_stochastic_step_adds_noise_where_its_level_is_not_the_clean_image(sampler):
     x, table = torch.zeros(20000, dtype=torch.float64), torch.tensor([0.8, 0.3, 0.01], dtype=torch.float64)
     mean, variance = posterior(x, x, table[1].item(), table[0].item())
     assert mean.abs().max() == 0
-    y = ddpm(lambda x, t: torch.zeros_like(x), x, [1, 0], table)
+    y = sampler(lambda x, t: torch.zeros_like(x), x, [1, 0], table)
     assert y.std().item() == pytest.approx(variance**0.5, rel=0.02)

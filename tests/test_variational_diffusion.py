@@ -384,8 +384,8 @@ def test_samples_are_images_that_two_runs_give_alike_and_that_do_not_depend_on_t
     torch.testing.assert_close(net(noises()[1:2]), together[1:2], rtol=0, atol=1.1 / 255)
 
 
-def test_another_seed_changes_ancestral_samples_alone():
-    for sampler, same in (("ancestral", False), ("ddim", True)):
+def test_another_seed_changes_stochastic_samples_alone():
+    for sampler, same in (("ancestral", False), ("dpmpp_2m_sde", False), ("ddim", True)):
         one, other = (network(sampler=sampler, seed=seed)(noises()) for seed in (0, 1))
         assert torch.equal(one, other) == same
 
@@ -421,7 +421,7 @@ def test_the_published_settings_are_those_of_the_network():
     [
         ({"model": "vae"}, "unknown model 'vae': choose one of image, medvdm"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine': choose one of linear"),
-        ({"sampler": "euler"}, "unknown sampler 'euler': choose one of ancestral, ddim"),
+        ({"sampler": "euler"}, "unknown sampler 'euler': choose one of ancestral, dpmpp_2m_sde, ddim"),
         ({"weighting": "p2"}, "unknown weighting 'p2'"),
         ({"detail": "waves"}, "unknown detail 'waves'"),
         ({"num_steps": 0}, r"num_steps \(0\)"),

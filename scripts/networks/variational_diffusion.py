@@ -22,12 +22,12 @@ from torch.nn import functional
 from scripts.losses import binary_entropy, discretised_gaussian, gaussian_kl, gradient_difference
 from scripts.networks.med_vdm import DenseCodec, DenseScore
 from scripts.networks.noise_schedules import SCHEDULES, with_slope
-from scripts.samplers import SOLVERS, antithetic_times, ddpm, for_batch, noise_to_gamma
+from scripts.samplers import SOLVERS, STOCHASTIC, antithetic_times, for_batch, noise_to_gamma
 
 __all__ = ["VariationalDiffusionNet", "lattice_noise"]
 
 GAMMA_RANGES = {"image": (-13.3, 9.0), "medvdm": (-13.3, 5.0)}
-SAMPLERS = ("ancestral", *SOLVERS)
+SAMPLERS = (*STOCHASTIC, *SOLVERS)
 DETAILS = ("lattice", "fourier", "none")
 WEIGHTINGS = ("bound", "mixed")
 NUM_VALUES = 256  # of a pixel
@@ -65,10 +65,10 @@ class VariationalDiffusionNet(nn.Module):
         num_blocks: residual blocks of encoder and decoder (``medvdm``).
         score_size: width of the score network (``medvdm``).
         score_blocks: residual blocks of the score network (``medvdm``).
-        sampler: ``ancestral``, stochastic, or a solver of the diffusion ODE: ``ddim``, ``heun``, ``multistep`` or
-            ``dpmpp_2m``.
+        sampler: stochastic, ``ancestral`` or ``dpmpp_2m_sde``, or a solver of the diffusion ODE: ``ddim``, ``heun``,
+            ``multistep`` or ``dpmpp_2m``.
         num_steps: steps from time 1 to time 0, each one network call, of ``heun`` two.
-        seed: seed of the noise of ancestral steps, which depends on it and on the noise that an image begins with, and
+        seed: seed of the noise of stochastic steps, which depends on it and on the noise that an image begins with, and
             not on the batch.
         amp: bfloat16 arithmetic in the U-Net.
         num_classes: number of classes of images, of which one may then be asked for; None for images without class.
@@ -96,7 +96,7 @@ class VariationalDiffusionNet(nn.Module):
         num_blocks: int = 6,
         score_size: int = 128,
         score_blocks: int = 10,
-        sampler: str = "multistep",
+        sampler: str = "dpmpp_2m_sde",
         num_steps: int = 50,
         seed: int = 0,
         amp: bool = False,
@@ -164,8 +164,8 @@ class VariationalDiffusionNet(nn.Module):
             return self.score(z, gammas[step].float().to(z.device).expand(len(z)), label)
 
         levels, table = range(self.num_steps, -1, -1), torch.sigmoid(-gammas)  # a level is the number of steps to time 0
-        if self.sampler == "ancestral":
-            z = ddpm(estimate, z, levels, table, draw_noise=self._noise_of_each(noise))
+        if self.sampler in STOCHASTIC:
+            z = STOCHASTIC[self.sampler](estimate, z, levels, table, draw_noise=self._noise_of_each(noise))
         else:
             z = SOLVERS[self.sampler](estimate, z, levels, table)
         return self.codec.decode(z / table[0].item() ** 0.5, gammas[0].float().to(z.device), label)
