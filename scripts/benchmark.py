@@ -248,17 +248,17 @@ def cine_benchmark(
         section: section of the cines.
 
     Returns:
-        seconds a cine: ``published``, ``default`` and ``exact``, which is the default in 32 bits; ``default_error`` and
-        ``exact_error``, the largest difference of a frame from the published one, the source's range being 2; seconds a
-        training step: ``dense`` and ``step``.
+        seconds a cine: ``published``, ``default``, ``unrefined``, the default without its refinement, and ``exact``,
+        which is that in 32 bits; ``default_error`` and so on, the largest difference of a frame from the published one, the
+        source's range being 2; seconds a training step: ``dense`` and ``step``.
     """
     parser = _configuration(bundle, "train")
     parser["dataset_dir"], parser["training_section"] = str(dataset_dir), section
     dataset = parser.get_parsed_content("train#dataset")
     cines = [dataset[(i, i)]["image"][None] for i in range(min(number, len(dataset)))]
-    exact = copy.deepcopy(networks["default"])
-    exact.amp = False
-    networks = {**networks, "exact": exact}
+    exact, unrefined = (copy.deepcopy(networks["default"]) for _ in range(2))
+    exact.amp, exact.refinement_steps, unrefined.refinement_steps = False, 0, 0
+    networks = {**networks, "exact": exact, "unrefined": unrefined}
     frames = {name: [network(cine[:, [0, -1]]) for cine in cines] for name, network in networks.items()}
     rows = {}
     for name, network in networks.items():
@@ -271,7 +271,7 @@ def cine_benchmark(
         rows[name] = _seconds(lambda: sum(trained.losses(cines[0], None, torch.Generator()).values()).backward(), 3)
     shape = " x ".join(map(str, cines[0].shape[2:]))
     logger.info(f"{len(cines)} cines of {shape}, {len(exact.gammas)} frames; {torch.get_num_threads()} threads")
-    for name in ("published", "exact", "default"):
+    for name in ("published", "exact", "unrefined", "default"):
         logger.info(
             f"{name:<12}{rows[name]:>8.3f} s a cine{rows['published'] / rows[name]:>8.2f} times faster, "
             f"largest difference {rows[f'{name}_error']:.1e}"

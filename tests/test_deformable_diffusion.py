@@ -113,6 +113,30 @@ class TestEveryNetwork:
         error = (network(image) - image[:, 1:]).square().mean(dim=(0, 2, 3, 4))
         assert error[1] < 0.5 * error[0]
 
+    def test_refines_what_it_says_of_a_pair(self, make):
+        network, image = make(num_frames=3, window=5, smoothness=0.1, squared_error=1.0), pair()
+        plain, found = network(image), network.displacement
+        network.refinement_steps = 20
+        refined = network(image)
+        before, after = ((frames - image[:, 1:]).square().mean(dim=(0, 2, 3, 4)) for frames in (plain, refined))
+        assert after[2] < 0.3 * before[2]
+        assert after[2] < after[1] < 0.9 * before[1]  # half of the way, the ball is on its way too
+        assert torch.equal(refined[:, 0], image[:, 0])
+        assert all(parameter.grad is None for parameter in network.parameters())
+        network.refinement_steps = 0
+        assert torch.equal(network(image), plain) and torch.equal(network.displacement, found)
+
+    def test_goes_along_the_refined_way_as_far_as_along_its_own(self, make):
+        network, image = make(num_frames=2), pair()
+        motion = network.motion(image[:, :1], image[:, 1:])
+        whole = network.velocities(motion, [1.0])
+        own = network.fields(motion, [0.5, 1.0], (whole, whole))
+        assert torch.allclose(own[:, 1], network.fields(motion, [1.0])[:, 0], atol=1e-6)
+        turned = network.fields(motion, [0.5, 1.0], (whole, -whole))
+        if isinstance(network, VoxelMorphNet):  # goes along a straight way
+            assert torch.allclose(own[:, 0], network.fields(motion, [0.5])[:, 0], atol=1e-6)
+        assert torch.allclose(turned[:, 1], network._integrate(-whole)[:, 0], atol=1e-6)
+
     def test_sees_all_of_both_images_on_its_coarser_grid(self, make):
         network, image = make(num_frames=2, reduction=2), torch.rand(1, 2, *SIZE)
         network(image)

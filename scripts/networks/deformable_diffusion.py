@@ -22,6 +22,7 @@ from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 
 __all__ = ["CineNet", "DeformableDiffusionNet", "VoxelMorphNet"]
 
+REFINEMENT_RATE = 0.2  # voxels of the networks' grid a step
 MULTIPLE = 8  # of every spatial size: three halvings in each network, where the blocks of voxels count as one
 
 
@@ -100,8 +101,8 @@ class LeanVoxelMorphUNet(VoxelMorphUNet):
 class CineNet(nn.Module):
     """Frames between a source and a target volume, each the source deformed a part of the way.
 
-    A method gives :meth:`motion`, what is found once for a pair, and :meth:`fields`, the displacements at fractions γ of
-    the way; γ = 0 is the source itself, exactly.
+    A method gives :meth:`motion`, what is found once for a pair, and :meth:`velocities`, the fields of its networks at
+    fractions γ of the way; γ = 0 is the source itself, exactly.
 
     Args:
         num_frames: number of frames from source (γ = 0) to target (γ = 1), both counted, evenly spaced.
@@ -120,6 +121,7 @@ class CineNet(nn.Module):
             2020, arXiv 2003.09514); 0 in the paper.
         frames_weight: weight, beside the target's, of a frame between, where a cine has them; 0 is the paper's training,
             which sees source and target alone.
+        refinement_steps: gradient steps by which ``forward`` improves the networks' field of a pair, see :meth:`refine`.
         window: edge in voxels of the window of the normalised cross-correlation.
         max_batch: number of frames that go through a network at once; a few, which the processor's memory keeps up with.
         amp: bfloat16 in the networks.
@@ -144,6 +146,7 @@ class CineNet(nn.Module):
         smoothness: float = 1.0,
         folding: float = 0.0,
         frames_weight: float = 0.0,
+        refinement_steps: int = 0,
         window: int = 9,
         max_batch: int = 2,
         amp: bool = False,
@@ -156,7 +159,7 @@ class CineNet(nn.Module):
             raise ValueError(f"gammas must lie in 0 ... 1, 0 being the source and 1 the target; got {self.gammas}")
         self.similarity_weight, self.frames_weight = similarity_weight, frames_weight
         self.squared_error, self.smoothness, self.folding = squared_error, smoothness, folding
-        self.reduction = reduction
+        self.reduction, self.refinement_steps = reduction, refinement_steps
         self.max_batch, self.amp = max_batch, amp
         self.warp = Warp(padding_mode="border")
         self.integrator = DVF2DDF(integration_steps, padding_mode="border") if diffeomorphic else None
@@ -168,9 +171,48 @@ class CineNet(nn.Module):
         """What is found once for pairs (B, 1, H, W, D), sizes being multiples of 8."""
         raise NotImplementedError
 
-    def fields(self, motion: Any, gammas: Sequence[float]) -> Tensor:
-        """Displacements (B, F, 3, H, W, D) in voxels at the fractions γ of the way."""
+    def velocities(self, motion: Any, gammas: Sequence[float]) -> Tensor:
+        """Fields (B, F, 3, ...) at the fractions γ of the way, on the networks' grid, in its voxels.
+
+        They are velocities if ``diffeomorphic``, or displacements.
+        """
         raise NotImplementedError
+
+    def fields(self, motion: Any, gammas: Sequence[float], refined: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Displacements (B, F, 3, H, W, D) in voxels at the fractions γ of the way.
+
+        With what :meth:`refine` gives they lie on the way of the refined velocity, each as far along it as the networks'
+        field at γ is along theirs at γ = 1.
+        """
+        velocities = self.velocities(motion, gammas)
+        if refined is not None:
+            whole, better = refined
+            products = [(v * whole).flatten(2).sum(dim=2) for v in (velocities, whole)]
+            share = products[0] / products[1].clamp(min=1e-12)
+            velocities = share[..., None, None, None, None] * better
+        return self._integrate(velocities)
+
+    def refine(self, source: Tensor, target: Tensor, motion: Any) -> tuple[Tensor, Tensor]:
+        """Fit the field of pairs (B, 1, H, W, D) to them, beginning with what the networks say.
+
+        What the networks are trained by (similarity, squared error, smoothness, folding) is lowered for each pair by
+        itself, by ``refinement_steps`` of Adam (Balakrishnan et al. 2019, arXiv 1809.05231, instance-specific
+        optimization). No frame between is looked at.
+
+        Returns:
+            the networks' velocity at γ = 1 and the refined one, (B, 1, 3, ...).
+        """
+        with torch.no_grad():
+            whole = self.velocities(motion, [1.0])
+        better = whole.clone().requires_grad_()
+        optimizer = torch.optim.Adam([better], lr=REFINEMENT_RATE)
+        for _ in range(self.refinement_steps):
+            with torch.enable_grad():
+                loss = sum(self._mismatch(source, self._integrate(better)[:, 0], target).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return whole, better.detach()
 
     def _half(self, x: Tensor) -> torch.autocast:
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp)
@@ -193,10 +235,12 @@ class CineNet(nn.Module):
             raise ValueError(f"image must be (B, 2, H, W, D), source and target; got {tuple(image.shape)}")
         size = image.shape[2:]
         padding = [p for n in reversed(size) for p in (0, -n % MULTIPLE)]
-        motion = self.motion(*functional.pad(image.float(), padding, mode="replicate").split(1, dim=1))
+        pair = functional.pad(image.float(), padding, mode="replicate").split(1, dim=1)
+        motion = self.motion(*pair)
+        refined = self.refine(*pair, motion) if self.refinement_steps else None
         moved = [gamma for gamma in self.gammas if gamma]
         chunks = [moved[i : i + self.max_batch] for i in range(0, len(moved), self.max_batch)]
-        fields = iter([f for chunk in chunks for f in self.fields(motion, chunk).unbind(1)])
+        fields = iter([f for chunk in chunks for f in self.fields(motion, chunk, refined).unbind(1)])
         still = image.new_zeros(len(image), 3, *size, dtype=torch.float32)
         return torch.stack(
             [next(fields)[..., : size[0], : size[1], : size[2]] if gamma else still for gamma in self.gammas], dim=1
@@ -293,7 +337,7 @@ class DeformableDiffusionNet(CineNet):
     @property
     def published(self) -> dict[str, object]:
         """Settings of the paper's inference: each frame by itself, through the deformation module as it is, in 32 bits."""
-        return {"lean": False, "max_batch": 1, "amp": False}
+        return {"lean": False, "max_batch": 1, "amp": False, "refinement_steps": 0}
 
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t, t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""
@@ -317,10 +361,10 @@ class DeformableDiffusionNet(CineNet):
         with self._half(self.alphas_cumprod):
             return self.deformation.along(prepared, gammas).float()
 
-    def fields(self, motion: tuple[tuple[Tensor, Tensor], Tensor | float], gammas: Sequence[float]) -> Tensor:
+    def velocities(self, motion: tuple[tuple[Tensor, Tensor], Tensor | float], gammas: Sequence[float]) -> Tensor:
         prepared, without = motion
         fields = self._deform(prepared, gammas)
-        return self._integrate(fields - (1 - torch.tensor(gammas).to(fields)).view(-1, 1, 1, 1, 1) * without)
+        return fields - (1 - _along(gammas, fields)) * without
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of both modules (eq. 5 to 7 of the paper).
@@ -368,12 +412,17 @@ class VoxelMorphNet(CineNet):
         with self._half(source):
             return self.registration(torch.cat([source, target], dim=1)).float()
 
-    def fields(self, motion: Tensor, gammas: Sequence[float]) -> Tensor:
-        return self._integrate(torch.stack([gamma * motion for gamma in gammas], dim=1))
+    def velocities(self, motion: Tensor, gammas: Sequence[float]) -> Tensor:
+        return _along(gammas, motion) * motion[:, None]
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """As above, but for the noise."""
         return self._losses(image, self.motion(image[:, :1], image[:, -1:]), generator)
+
+
+def _along(gammas: Sequence[float], fields: Tensor) -> Tensor:
+    """Fractions of the way as factors of fields (B, F, 3, H, W, D)."""
+    return torch.tensor(gammas).to(fields).view(-1, 1, 1, 1, 1)
 
 
 def _resized(field: Tensor, factor: float) -> Tensor:
