@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from scripts.datasets import find_cases
 from scripts.figures import guidance_table_figure
 from scripts.metrics import BinnedScores, dice
+from scripts.networks.healthy_model import HealthyModel
 from scripts.sprites import healthy_images, paint_sprites
 from scripts.transforms import ExtractSlicesd, MapToMask
 
@@ -178,7 +179,7 @@ def anomaly_benchmark(
     """Speed and accuracy on slices, of which the published procedure gets one at a time.
 
     Everything but the procedure, such as the weights of the sequences in the map, is alike in both, so that the samplers
-    are compared.
+    are compared; a model of healthy slices is calibrated anew for the published procedure, on validation slices.
 
     Args:
         bundle: folder of an anomaly bundle.
@@ -189,6 +190,9 @@ def anomaly_benchmark(
     """
     images, masks = drawn_slices(bundle, dataset_dir, number, section)
     default, published = networks["default"], networks["published"]
+    if isinstance(published, HealthyModel):
+        healthy = healthy_slices(bundle, dataset_dir, "validation")
+        published.calibrate([{"image": batch} for batch in healthy.split(50)])
     default(images[:1].to(next(default.parameters()).device))  # the first call pays for set-up
     rows = {
         "default": _evaluate(default, images, masks, _configuration(bundle, "inference")["batch_size"]),

@@ -14,6 +14,7 @@ from torch import nn
 
 from scripts import benchmark, generation
 from scripts.networks.ddim_anomaly import DDIMAnomalyNet
+from scripts.networks.healthy_model import HealthyModel
 
 
 class Stub(nn.Module):
@@ -32,6 +33,20 @@ class Stub(nn.Module):
         healed = torch.where(image > 0.15, 0.5, image)
         anomaly = self.gain * (image - healed).abs().mean(dim=1, keepdim=True)
         return torch.cat([anomaly, healed, anomaly.flatten(1).mean(dim=1).view(-1, 1, 1, 1).expand_as(anomaly)], dim=1)
+
+
+class Unlike(HealthyModel):
+    """Bright places are unlike health."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def unlikeness(self, image):
+        return nn.functional.avg_pool2d(image, 4)
+
+    def heal(self, image, mask):
+        return 0.5 * image
 
 
 @pytest.fixture
@@ -117,6 +132,15 @@ def test_slices_of_a_bundle_without_labels_are_half_painted_and_half_healthy(pic
     assert torch.equal(images[~masks], healthy[~masks]) and (images[masks] != healthy[masks]).all()
     again = benchmark.drawn_slices(picture_bundle.path, picture_bundle.data, 7, "all")
     assert torch.equal(again[0], images) and torch.equal(again[1], masks)
+
+
+def test_a_model_of_healthy_slices_is_calibrated_anew_for_the_published_procedure(picture_bundle):
+    networks = {"default": Unlike().eval(), "published": Unlike().eval()}
+    benchmark.anomaly_benchmark(picture_bundle.path, networks, picture_bundle.data, 4, "all")
+    validation = benchmark.healthy_slices(picture_bundle.path, picture_bundle.data, "validation")
+    expected = nn.functional.avg_pool2d(validation, 4).max().item()
+    assert networks["published"].healthy_places[-1].item() == pytest.approx(expected)
+    assert not networks["default"].healthy_places.any()
 
 
 def test_slices_of_a_bundle_with_labels_are_half_diseased_and_half_healthy(bundle, tmp_path):

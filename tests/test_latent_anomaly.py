@@ -260,6 +260,22 @@ def test_variant_d_is_deterministic_healing_within_the_smoothed_mask():
     torch.testing.assert_close(output[:, :1], (image - healed).abs() * net.smooth(mask))
 
 
+def test_what_the_healed_slice_is_unlike_too_does_not_count():
+    net, image = network(), images()
+    plain = net.unlikeness(image)
+    net.contrast_share = 0.25
+    mask = torch.zeros_like(plain, dtype=torch.bool)
+    for one, of_slice in zip(mask, plain, strict=True):
+        one.view(-1)[of_slice.flatten().argsort()[-16:]] = True  # a quarter of 8 x 8 places
+    expected = plain - net.divergence(net.encode(net.heal(image, mask)), net._levels(net.band))
+    torch.testing.assert_close(net.unlikeness(image), expected.clamp(min=0))
+    assert (expected > 0).any() and (expected < 0).any()
+    # the slice itself is judged by all of it
+    score = plain.flatten(1).amax(dim=1)
+    torch.testing.assert_close(net.score(image, net.unlikeness(image)), score)
+    torch.testing.assert_close(net.score(image, **net.shared(image)), score)
+
+
 def test_the_published_settings_are_settings_of_the_network():
     net = network()
     published = network(**net.published)
@@ -401,6 +417,7 @@ def test_slices_of_another_shape_are_refused_with_the_expected_one(shape):
         ({"start_level": 61, "band": (10, 60), "num_levels": 60}, r"must lie in 1 \.\.\. 60"),
         ({"schedule": "sigmoid"}, "unknown schedule 'sigmoid'"),
         ({"score": "median"}, "unknown score 'median'"),
+        ({"contrast_share": 1}, "contrast_share must be 0 or more and less than 1, got 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, text):
@@ -530,7 +547,7 @@ def test_the_divergence_is_smoothed_if_asked():
 
 
 def test_the_papers_variants_share_the_weights_and_have_thresholds_of_their_own():
-    net = network(band=(150, 350), divergence_smoothing=0.6, residual="both")
+    net = network(band=(150, 350), divergence_smoothing=0.6, contrast_share=0.1, residual="both")
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     found = net.variants(["a", "b", "c", "d", "default"], [{"image": images(4)}])
     assert {name: (v.variant, v.masked_map, v.heal_all) for name, v in found.items()} == {
@@ -543,6 +560,7 @@ def test_the_papers_variants_share_the_weights_and_have_thresholds_of_their_own(
     assert all(v.unet is net.unet for v in found.values())
     paper = found["c"]
     assert (paper.band, paper.band_levels, paper.divergence_smoothing, paper.residual) == ((400, 600), 50, 0.0, "image")
+    assert (paper.contrast_share, net.contrast_share) == (0, 0.1)
     assert not torch.equal(paper.healthy_places, net.healthy_places)
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     assert torch.equal(found["default"](images()), net(images()))

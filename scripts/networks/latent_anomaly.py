@@ -39,6 +39,8 @@ class LatentAnomalyNet(QuantisedModel):
         band_levels: how many levels, evenly spaced in the band, its mean is taken over (paper: 50).
         divergence_smoothing: standard deviation of a Gaussian filter over the divergence map, in places of the latents; 0 as
             in the paper.
+        contrast_share: share of a slice's places, the most unlike ones, that are healed for comparison: what the healed
+            slice is unlike too does not count, since healthy texture can be hard to foresee; 0 as in the paper.
         score_band: band of the image's score; None for that of the map, whose values are then used again; [1, 1000] for
             the whole chain, as in the paper.
         start_level: level that the latents are noised to before healing.
@@ -49,7 +51,7 @@ class LatentAnomalyNet(QuantisedModel):
         kwargs: arguments of :class:`scripts.networks.healthy_model.QuantisedModel`.
 
     Raises:
-        ValueError: for an unknown variant or solver, or levels outside 1 ... ``num_levels``.
+        ValueError: for an unknown variant or solver, levels outside 1 ... ``num_levels``, or a share that is none.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LatentAnomalyNet(QuantisedModel):
         band: Sequence[int] = (400, 600),
         band_levels: int = 50,
         divergence_smoothing: float = 0.0,
+        contrast_share: float = 0.0,
         score_band: Sequence[int] | None = None,
         start_level: int = 500,
         num_steps: int = 50,
@@ -76,11 +79,13 @@ class LatentAnomalyNet(QuantisedModel):
             raise ValueError(f"unknown solver '{solver}': choose one of {', '.join(SOLVERS)}")
         if not all(1 <= level <= num_levels for level in (*band, *(score_band or ()), start_level)):
             raise ValueError(f"band, score_band and start_level must lie in 1 ... {num_levels}")
+        if not 0 <= contrast_share < 1:
+            raise ValueError(f"contrast_share must be 0 or more and less than 1, got {contrast_share}")
         super().__init__(**kwargs)
         self.choose(variant)
         self.num_levels, self.level_power = num_levels, level_power
         self.band, self.band_levels, self.score_band = tuple(band), band_levels, score_band
-        self.divergence_smoothing = divergence_smoothing
+        self.divergence_smoothing, self.contrast_share = divergence_smoothing, contrast_share
         self.start_level, self.num_steps, self.solver = start_level, num_steps, solver
         self.max_batch = max_batch
 
@@ -112,7 +117,7 @@ class LatentAnomalyNet(QuantisedModel):
         """
         paper = copy.copy(self)
         paper.band_levels, paper.num_steps, paper.solver, paper.residual = 50, 50, "ddim", "image"
-        paper.band, paper.divergence_smoothing = (400, 600), 0.0
+        paper.band, paper.divergence_smoothing, paper.contrast_share = (400, 600), 0.0, 0.0
         if set(names) - {"default"}:
             paper._buffers = {k: v.clone() for k, v in self._buffers.items()}
             paper.calibrate(batches)
@@ -126,7 +131,7 @@ class LatentAnomalyNet(QuantisedModel):
     @property
     def published(self) -> dict[str, object]:
         """Settings of the published procedure: 50 levels of the band one after the other, then 500 stochastic steps."""
-        return {"variant": "c", "band_levels": 50, "max_batch": 1, "amp": False}
+        return {"variant": "c", "band_levels": 50, "contrast_share": 0.0, "max_batch": 1, "amp": False}
 
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to latents (B, embedding_dim, h, w) with mean 0 and standard deviation 1."""
@@ -176,26 +181,45 @@ class LatentAnomalyNet(QuantisedModel):
         return torch.linspace(max(band[0], 2), max(band[1], 2), self.band_levels).round().int().tolist()
 
     def shared(self, image: Tensor) -> dict[str, Tensor]:
-        """The latents of slices (B, C, H, W) in [0, 1], as ``latent``."""
-        return {"latent": self.encode(image)}
+        """The latents of slices (B, C, H, W) in [0, 1], as ``latent``, and their ``divergence`` over the band."""
+        latent = self.encode(image)
+        return {"latent": latent, "divergence": self.divergence(latent, self._levels(self.band))}
 
-    def unlikeness(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
-        """Divergence map (B, 1, h, w) of slices (B, C, H, W) in [0, 1], the mean over the band."""
-        return self.divergence(self.encode(image) if latent is None else latent, self._levels(self.band))
+    def unlikeness(self, image: Tensor, latent: Tensor | None = None, divergence: Tensor | None = None) -> Tensor:
+        """Divergence map (B, 1, h, w) of slices (B, C, H, W) in [0, 1], the mean over the band.
 
-    def restore(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
+        With a ``contrast_share`` it is what that is more than the divergence map of the slices with their most unlike places
+        healed, 0 or more.
+        """
+        latent = self.encode(image) if latent is None else latent
+        found = self.divergence(latent, self._levels(self.band)) if divergence is None else divergence
+        if not self.contrast_share:
+            return found
+        limit = found.flatten(1).quantile(1 - self.contrast_share, dim=1).view(-1, 1, 1, 1)
+        healed = self.heal(image, found >= limit, latent)
+        return (found - self.divergence(self.encode(healed), self._levels(self.band))).clamp(min=0)
+
+    def restore(self, image: Tensor, latent: Tensor | None = None, divergence: Tensor | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] after encoding, quantisation and decoding."""
         return self.decode(self.encode(image) if latent is None else latent)
 
     @torch.no_grad()
-    def score(self, image: Tensor, unlike: Tensor | None = None, latent: Tensor | None = None) -> Tensor:
-        """Score (B,) of slices (B, C, H, W) in [0, 1]: of the divergence over ``score_band``."""
-        if self.score_band is None:
+    def score(
+        self,
+        image: Tensor,
+        unlike: Tensor | None = None,
+        latent: Tensor | None = None,
+        divergence: Tensor | None = None,
+    ) -> Tensor:
+        """Score (B,) of slices (B, C, H, W) in [0, 1]: of the divergence over ``score_band``, compared with nothing."""
+        if self.score_band is None and divergence is not None:
+            return self._reduce(divergence)
+        if self.score_band is None and not self.contrast_share:
             return super().score(image, unlike)
         latent = self.encode(image.float()) if latent is None else latent
-        return self._reduce(self.divergence(latent, self._levels(self.score_band)))
+        return self._reduce(self.divergence(latent, self._levels(self.score_band or self.band)))
 
-    def heal(self, image: Tensor, mask: Tensor, latent: Tensor | None = None) -> Tensor:
+    def heal(self, image: Tensor, mask: Tensor, latent: Tensor | None = None, divergence: Tensor | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] with the latents inside ``mask`` (B, 1, h, w) drawn by the model (paper, 2.3).
 
         Outside the mask every step puts the noised original back: in variant d always with the same noise, since its
