@@ -269,7 +269,7 @@ class TestLeanUNet:
         pairs = [network(torch.cat([still, factor * scaled], dim=1)) for factor in (0.0, 0.3, 1.0)]
         for network.lean in (True, False):
             fields = network.along(network.prepare(still, scaled), [0.0, 0.3, 1.0])
-            assert torch.allclose(fields, torch.stack(pairs, dim=1), atol=1e-5)
+            assert torch.allclose(fields, torch.stack(pairs, dim=1), atol=1e-6)
 
     def test_gives_the_same_gradient(self):
         settings = {

@@ -343,8 +343,8 @@ def test_the_posterior_takes_numbers_and_levels_of_a_batch():
 # --- stochastic steps
 
 
-def variance_of_samples(s, n, learned=False, sampler=ddpm):
-    """Variance of the images that a sampler draws from the latents of images ~ N(0, s²), without sampling error.
+def variance_of_samples(s, n, learned):
+    """Variance of the images that ddpm draws from the latents of images ~ N(0, s²), without sampling error.
 
     The ideal model is linear, so that x stays a weighted sum of the independent draws; x holds the weights.
     """
@@ -362,14 +362,14 @@ def variance_of_samples(s, n, learned=False, sampler=ddpm):
         assert 0 <= fraction <= 1
         return ideal(s)(x, t), fraction
 
-    x = sampler(model, std(1000, s) * next(draws), grid, A, draw_noise=lambda x: next(draws))
+    x = ddpm(model, std(1000, s) * next(draws), grid, A, draw_noise=lambda x: next(draws))
     assert next(draws, None) is None  # a draw for the start and for every step but the last
     return (x @ x).item(), grid[-2]
 
 
 @pytest.mark.parametrize("s", [0.25, 0.5])
 def test_ddpm_draws_images_with_the_right_variance(s):
-    variance, _ = variance_of_samples(s, 1000)
+    variance, _ = variance_of_samples(s, 1000, learned=False)
     assert variance == pytest.approx(s**2, rel=0.03)
 
 
