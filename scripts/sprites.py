@@ -68,6 +68,7 @@ def paint_sprites(
     seed: int = 0,
     radius: Sequence[float] = (3, 9),
     contrast: float | Sequence[float] = 0.2,
+    texture: float = 0.0,
     level: float = FOREGROUND_LEVEL,
 ) -> tuple[Tensor, Tensor]:
     """Paint one sprite into the head of each slice, see :class:`scripts.transforms.RandSprited`.
@@ -80,6 +81,7 @@ def paint_sprites(
         radius: least and largest radius in pixels.
         contrast: least difference between the sprite's grey level and the mean of what it covers, in [0, 0.5]; or the
             least and the largest, between which sprites are drawn again until theirs lies.
+        texture: share of what lies there that shows through, in [0, 1].
         level: grey level above which a pixel is foreground.
 
     Returns:
@@ -91,7 +93,7 @@ def paint_sprites(
     low, high = contrast if isinstance(contrast, Sequence) else (contrast, 1.0)
     if not low < high:
         raise ValueError(f"the least contrast must be below the largest, got {low} and {high}")
-    sprite = RandSprited(["head", "image"], "label", radius=tuple(radius), contrast=low, level=level)
+    sprite = RandSprited(["head", "image"], "label", radius=tuple(radius), contrast=low, texture=texture, level=level)
     images = images.float()
     painted, masks = torch.empty_like(images), torch.empty_like(images[:, :1], dtype=torch.bool)
     for i, image in enumerate(images):
@@ -161,6 +163,7 @@ def sprite_table(
     seeds: Sequence[int] = (0, 1, 2),
     radius: Sequence[float] = (3, 9),
     contrast: float | Sequence[float] = 0.2,
+    texture: float = 0.0,
     batch_size: int = 8,
     contrasts: Sequence[float] | None = None,
     contrast_width: float = 0.05,
@@ -184,6 +187,7 @@ def sprite_table(
         seeds: seeds of the sprites.
         radius: see :func:`paint_sprites`.
         contrast: see there.
+        texture: see there.
         batch_size: slices in a call of a network.
         contrasts: least contrasts of the curve, in [0, 0.5].
         contrast_width: the largest contrast of each of its points is this much larger than the least.
@@ -206,7 +210,7 @@ def sprite_table(
     to_paint, healthy = images[:half], images[half:]
     folder = Path(output_dir)
 
-    sprites = {seed: paint_sprites(to_paint, seed, radius, contrast) for seed in seeds}
+    sprites = {seed: paint_sprites(to_paint, seed, radius, contrast, texture) for seed in seeds}
     rows = []
     for name, network in networks.items():
         for seed, (painted, masks) in sprites.items():
@@ -224,7 +228,7 @@ def sprite_table(
     if contrasts:
         points = []
         for least in contrasts:
-            painted, masks = paint_sprites(to_paint, seeds[0], radius, (least, least + contrast_width))
+            painted, masks = paint_sprites(to_paint, seeds[0], radius, (least, least + contrast_width), texture)
             for name in curve_of:
                 maps = run_in_batches(networks[name], painted, batch_size)[0][:, :1]
                 points.append({"method": name, "contrast": least, "best_dice": _pooled(maps, masks).best_dice()[0]})

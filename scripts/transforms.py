@@ -891,7 +891,7 @@ SPRITES = {
 
 
 class RandSprited(RandomizableTransform, MapTransform):
-    """Paint one synthetic anomaly of constant grey into a slice, and write its mask.
+    """Paint one synthetic anomaly into a slice, of constant grey unless it keeps the texture, and write its mask.
 
     Shape, place inside the head, size, rotation and grey level are random, as in Pinaya et al. 2022, arXiv 2206.03461.
     The sprite ends at the border of the head, whose holes count as head. A slice without foreground gets no sprite and
@@ -902,13 +902,15 @@ class RandSprited(RandomizableTransform, MapTransform):
         mask_key: key of the mask, uint8 (1, H, W).
         radius: least and largest radius in pixels (half the side of a square, half the long axis of an ellipse).
         contrast: least difference, in each channel, between the grey level and the mean of what it covers, in [0, 0.5].
+        texture: share, in [0, 1], of what lies there that shows through the sprite, without its mean: 0 gives one grey
+            level, 1 what was there, darker or brighter.
         shapes: which shapes to draw from.
         level: grey level above which a pixel, in any channel, is foreground.
         prob: probability of a sprite.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
-        ValueError: for an unknown shape, or a contrast that no grey level in [0, 1] may reach.
+        ValueError: for an unknown shape, a contrast that no grey level in [0, 1] may reach, or a texture that is no share.
     """
 
     def __init__(
@@ -917,6 +919,7 @@ class RandSprited(RandomizableTransform, MapTransform):
         mask_key: str = "label",
         radius: tuple[float, float] = (3, 9),
         contrast: float = 0.2,
+        texture: float = 0.0,
         shapes: Sequence[str] = ("square", "ellipse", "heart"),
         level: float = 0.1,
         prob: float = 1.0,
@@ -928,9 +931,12 @@ class RandSprited(RandomizableTransform, MapTransform):
             raise ValueError(f"shapes must be among {', '.join(SPRITES)}, got {', '.join(shapes)}.")
         if not 0 <= contrast <= 0.5:
             raise ValueError(f"contrast must be in [0, 0.5], got {contrast}.")
+        if not 0 <= texture <= 1:
+            raise ValueError(f"texture must be in [0, 1], got {texture}.")
         self.mask_key = mask_key
         self.radius = radius
         self.contrast = contrast
+        self.texture = texture
         self.shapes = shapes
         self.level = level
 
@@ -968,7 +974,8 @@ class RandSprited(RandomizableTransform, MapTransform):
             # uniform over [0, mean - contrast] and [mean + contrast, 1], laid end to end
             darker, brighter = max(mean - self.contrast, 0), max(1 - mean - self.contrast, 0)
             grey = self.R.uniform(0, darker + brighter)
-            channel[self.sprite] = grey if grey < darker else mean + self.contrast + (grey - darker)
+            grey = grey if grey < darker else mean + self.contrast + (grey - darker)
+            channel[self.sprite] = np.clip(grey + self.texture * (channel[self.sprite] - mean), 0, 1)
         return painted
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.inferers import SliceInferer, VQVAETransformerInferer
+from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from scripts.networks.anomaly_baselines import DenseVAENet, TransformerAnomalyNet
+from scripts.networks.anomaly_baselines import DenseVAENet, EvennessNet, TransformerAnomalyNet
 
 SIZE = (32, 32)  # of the slices; the transformer's tokens are 8 x 8
 VAE = {"spatial_size": SIZE, "latent_size": 6, "channels": (8, 16), "min_foreground": 0.0}
@@ -300,7 +301,7 @@ def test_a_full_mask_leaves_seeded_draws_alone():
 def test_a_token_is_drawn_given_the_healed_ones_before_it():
     net, image, mask = transformer(), images(), left_half()
     original, healed = net.index_quantize(image).flatten(1), tokens_of(net, image, mask).flatten(1)
-    noise = -torch.empty(64, 16).exponential_(generator=torch.Generator().manual_seed(0)).log()
+    noise = -torch.empty(64, 16).exponential_(generator=net._generator(image, 1)).log()
     for i in range(64):
         drawn = (conditional(net, healed, i)[:, :16] + noise[i]).argmax(dim=1)
         assert torch.equal(healed[:, i], drawn if i % 8 < 4 else original[:, i])
@@ -335,6 +336,26 @@ def test_the_map_is_the_residual_within_the_smoothed_mask():
     healed = net.heal(image, mask)
     torch.testing.assert_close(net(image)[:, 1:2], healed)
     torch.testing.assert_close(net(image)[:, :1], (image - healed).abs() * net.smooth(mask))
+
+
+@BOTH
+def test_what_is_found_counts_by_how_even_the_slice_is_there(make):
+    plain, weighted, image = make(), make(texture_offset=0.1), images()
+    image[..., :16] = 0.4
+    evenness = weighted.evenness(image)
+    assert (evenness[..., :16] == 1).all() and evenness[..., 18:].max() < 0.5
+    factor = evenness if make is vae else nn.functional.avg_pool2d(evenness, 4)
+    torch.testing.assert_close(weighted.unlikeness(image), plain.unlikeness(image) * factor)
+
+
+def test_the_control_finds_even_foreground_and_changes_nothing():
+    net, image = EvennessNet(1, SIZE, texture_offset=0.1, score="mean", min_foreground=0.0).eval(), images()
+    image[:, :, 4:12, 4:12], image[:, :, 20:28, 4:12] = 0.6, 0.0
+    output = net(image)
+    assert torch.equal(output[:, 1:2], image)
+    assert (output[:, 0, 4:12, 4:12] == 1).all() and not output[:, 0, 20:28, 4:12].any()
+    assert output[:, 0, :, 16:].max() < 0.5
+    torch.testing.assert_close(net.score(image), output[:, 0].mean(dim=(1, 2)))
 
 
 @pytest.mark.parametrize("amp", [True, False])

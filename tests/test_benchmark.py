@@ -45,7 +45,7 @@ class Unlike(HealthyModel):
     def unlikeness(self, image):
         return nn.functional.avg_pool2d(image, 4)
 
-    def heal(self, image, mask):
+    def heal(self, image, mask, generator=None):
         return 0.5 * image
 
 

@@ -158,7 +158,7 @@ def test_monai_labels_way_of_calling_gives_the_same_mask(tmp_path):
 
 def test_same_seed_gives_same_bytes_and_a_setting_changes_the_result(tmp_path):
     save_picture(tmp_path / "scans" / "a.png", with_blob(make_ct_slice()))
-    for output, args in (("first", ()), ("second", ()), ("other", ("--variant", "b"))):
+    for output, args in (("first", ()), ("second", ()), ("other", ("--texture_offset", "0.2"))):
         assert infer(tmp_path / "scans", tmp_path / output, *args).returncode == 0
     first, second, other = (files_below(tmp_path / output) for output in ("first", "second", "other"))
     del first["results.csv"], second["results.csv"]  # they hold seconds
@@ -199,13 +199,16 @@ def test_evaluation_with_sprites_writes_the_table_of_the_variants(pictures, tmp_
         "[0,1]",
         "--number",
         2,
+        "--start_level",
+        20,  # of variant b as many steps
     )
     done = run(BUNDLE, "['configs/inference.json','configs/evaluate.json']", *args, "--contrasts", "[]")
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out" / "metrics.csv")
-    assert [(row["method"], row["seed"]) for row in rows] == [("b", "0"), ("b", "1"), ("d", "0"), ("d", "1")]
+    methods = ("evenness", "b", "d")
+    assert [(row["method"], row["seed"]) for row in rows] == [(method, seed) for method in methods for seed in "01"]
     summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text(encoding="utf-8"))
-    assert summary["d"]["best_dice"]["mean"] == pytest.approx(np.mean([float(r["best_dice"]) for r in rows[2:]]))
+    assert summary["d"]["best_dice"]["mean"] == pytest.approx(np.mean([float(r["best_dice"]) for r in rows[4:]]))
 
 
 def test_both_stages_train_resume_and_their_weights_run(pictures, tmp_path):

@@ -8,7 +8,7 @@ from monai.inferers import SliceInferer
 from monai.networks.layers import GaussianFilter
 from torch import nn
 
-from scripts.networks.healthy_model import HealthyModel, QuantisedModel
+from scripts.networks.healthy_model import HealthyModel, QuantisedModel, local_texture
 
 SIZE = (32, 32)
 
@@ -19,7 +19,7 @@ class Grey(HealthyModel):
     def unlikeness(self, image):
         return nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
 
-    def heal(self, image, mask):
+    def heal(self, image, mask, generator=None):
         return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), 0.5, image)
 
 
@@ -85,25 +85,62 @@ def test_healing_all_heals_what_is_not_unlike_too():
     assert torch.equal(model(threshold=1.0)(image)[:, 1:2], image)
 
 
-def test_what_the_model_can_not_restore_does_not_count_if_the_residual_is_of_both():
-    class Coarse(Grey):
-        """Grey, but of the left half it can restore nothing but grey."""
+def test_the_residual_is_the_mean_over_all_healings_and_the_healed_slice_is_the_first():
+    class Drawn(Grey):
+        """Grey, but what it heals gets a grey level that is drawn."""
 
-        def restore(self, image):
-            return torch.cat([torch.full_like(image[..., :16], 0.5), image[..., 16:]], dim=-1)
+        def heal(self, image, mask, generator=None):
+            grey = torch.rand(1, generator=self._generator(image, 1) if generator is None else generator)
+            return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), grey, image)
 
     image = images()
-    nets = [
-        Coarse(1, SIZE, min_foreground=0.0, masked_map=False, heal_all=True, residual=r).eval() for r in ("image", "both")
-    ]
-    plain, both = (net(image)[:, :1] for net in nets)
-    torch.testing.assert_close(plain, (image - 0.5).abs())
-    assert not both[..., :16].any() and torch.equal(both[..., 16:], plain[..., 16:])
+    one, three = (Drawn(1, SIZE, min_foreground=0.0, smoothing=0.0, healings=n).eval() for n in (1, 3))
+    for net in (one, three):
+        net.healthy_places.fill_(0.3)
+    greys = torch.rand(3, generator=one._generator(image, 1))
+    assert greys.std() > 0.05
+    torch.testing.assert_close(three(image)[:, 0, 12:20, 12:20], greys.mean().expand(2, 8, 8))
+    torch.testing.assert_close(one(image)[:, 0, 12:20, 12:20], greys[0].expand(2, 8, 8))
+    assert torch.equal(three(image)[:, 1:2], one(image)[:, 1:2])
 
 
-def test_a_model_without_loss_gives_the_same_residual_of_both():
+def test_only_slices_with_something_unlike_are_healed():
+    net, image, healed = model(), images(4), []
+    image[[0, 2]] = 0.5
+    heal = net.heal
+    net.heal = lambda image, mask, generator: healed.append(image) or heal(image, mask, generator)
+    output = net(image)
+    assert torch.equal(torch.cat(healed), image[[1, 3]])
+    assert torch.equal(output[[0, 2], 1:2], image[[0, 2]]) and not output[[0, 2], 0].any()
+    assert torch.equal(output[[1, 3]], net(image[[1, 3]]))
+
+
+def test_what_is_found_counts_by_how_even_the_slice_is_there():
     image = images()
-    assert torch.equal(model(residual="both")(image), model(residual="image")(image))
+    plain, weighted = (model(masked_map=False, heal_all=True, texture_offset=offset) for offset in (0.0, 0.2))
+    evenness = 0.2 / (0.2 + local_texture(image))
+    assert torch.equal(plain.evenness(image), torch.ones_like(image))
+    torch.testing.assert_close(weighted.evenness(image), evenness)
+    torch.testing.assert_close(weighted(image)[:, :1], plain(image)[:, :1] * evenness)
+    assert torch.equal(weighted(image)[:, 1:], plain(image)[:, 1:])
+    # the black place is even up to its edge, the noise around it is not
+    assert (evenness[:, :, 12:20, 12:20] == 1).all() and evenness[:, :, :10].max() < 0.95
+
+
+def test_an_even_region_has_no_texture_up_to_its_edge_and_noise_has():
+    image = torch.rand(1, 2, 24, 24, generator=generator())
+    image[:, :, 6:14, 6:14] = 0.3
+    texture = local_texture(image)
+    assert texture.shape == (1, 1, 24, 24) and not texture[:, :, 6:14, 6:14].any()
+    outside = texture[0, 0, 16:, 16:]
+    # uniform noise: neighbours differ by 1/3 along each axis; the least of nine windows is less
+    assert outside.min() > 0.2 and 0.4 < outside.mean() < 2 / 3
+    torch.testing.assert_close(local_texture(image.mT), texture.mT)
+    torch.testing.assert_close(local_texture(image.flip(2, 3)), texture.flip(2, 3))
+    torch.testing.assert_close(local_texture(3 * image + 1), 3 * texture)
+    assert not local_texture(torch.full((1, 1, 8, 8), 0.7)).any()
+    ramp = torch.arange(12.0).expand(1, 1, 12, 12) / 100
+    torch.testing.assert_close(local_texture(ramp), torch.full((1, 1, 12, 12), 0.01))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0, 3.0])
@@ -195,6 +232,8 @@ def test_no_gradient_is_recorded():
         ({"score": "median"}, "unknown score 'median': choose max or mean"),
         ({"percentile": -1}, r"percentile must lie in 0 \.\.\. 100, got -1"),
         ({"percentile": 100.1}, "got 100.1"),
+        ({"healings": 0}, "healings must be 1 or more, got 0"),
+        ({"texture_offset": -0.1}, "texture_offset must be 0 or more, got -0.1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, text):

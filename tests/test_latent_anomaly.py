@@ -115,6 +115,26 @@ def test_the_map_of_an_error_of_the_noise_is_its_closed_form(levels):
     torch.testing.assert_close(net.divergence(z0, levels), expected, rtol=0.01 if min(levels) < 400 else 1e-3, atol=1e-5)
 
 
+def test_the_map_is_weighted_before_it_is_smoothed():
+    net, z0, weight = network(), latents(), torch.rand(2, 1, 8, 8)
+    weighted = net.divergence(z0, [300, 400]) * weight
+    torch.testing.assert_close(net.divergence(z0, [300, 400], weight), weighted)
+    net.divergence_smoothing = 0.8
+    torch.testing.assert_close(net.divergence(z0, [300, 400], weight), GaussianFilter(2, sigma=0.8)(weighted))
+
+
+def test_a_place_is_the_less_unlike_the_more_uneven_it_is():
+    net, image = network(texture_offset=0.1), images()
+    image[..., :18] = 0.4
+    found = net.divergence(net.encode(image), net._levels(net.band))
+    expected = found * nn.functional.avg_pool2d(net.evenness(image), 4)
+    torch.testing.assert_close(net.unlikeness(image), expected)
+    ratio = expected / found
+    torch.testing.assert_close(ratio[..., :4], torch.ones(2, 1, 8, 4))  # the even half
+    assert (ratio[..., 6:] < 0.4).all()
+    torch.testing.assert_close(net.score(image), expected.flatten(1).amax(dim=1))
+
+
 def test_the_map_is_the_mean_over_its_levels():
     net, z0 = network(), latents()
     net.noise = lambda x, t: torch.sin(x) * a(t)
@@ -260,22 +280,6 @@ def test_variant_d_is_deterministic_healing_within_the_smoothed_mask():
     torch.testing.assert_close(output[:, :1], (image - healed).abs() * net.smooth(mask))
 
 
-def test_what_the_healed_slice_is_unlike_too_does_not_count():
-    net, image = network(), images()
-    plain = net.unlikeness(image)
-    net.contrast_share = 0.25
-    mask = torch.zeros_like(plain, dtype=torch.bool)
-    for one, of_slice in zip(mask, plain, strict=True):
-        one.view(-1)[of_slice.flatten().argsort()[-16:]] = True  # a quarter of 8 x 8 places
-    expected = plain - net.divergence(net.encode(net.heal(image, mask)), net._levels(net.band))
-    torch.testing.assert_close(net.unlikeness(image), expected.clamp(min=0))
-    assert (expected > 0).any() and (expected < 0).any()
-    # the slice itself is judged by all of it
-    score = plain.flatten(1).amax(dim=1)
-    torch.testing.assert_close(net.score(image, net.unlikeness(image)), score)
-    torch.testing.assert_close(net.score(image, **net.shared(image)), score)
-
-
 def test_the_published_settings_are_settings_of_the_network():
     net = network()
     published = network(**net.published)
@@ -307,7 +311,7 @@ def test_the_score_is_of_the_band_of_its_own_everywhere(score):
     torch.testing.assert_close(net(image)[:, -1, 0, 0], net.score(image) / (net.score(image) + healthy))
 
 
-@pytest.mark.parametrize("settings", [{}, {"residual": "both"}, {"residual": "both", "score_band": (700, 900)}])
+@pytest.mark.parametrize("settings", [{}, {"healings": 2}, {"texture_offset": 0.1, "score_band": (700, 900)}])
 def test_inference_and_calibration_encode_a_slice_once(settings):
     net, calls = network(**settings), []
     encode = net.autoencoder.encode
@@ -321,7 +325,7 @@ def test_inference_and_calibration_encode_a_slice_once(settings):
 def test_calibration_and_inference_compute_each_map_once(score_band):
     net, calls = network(score_band=score_band), []
     divergence = net.divergence
-    net.divergence = lambda latent, levels: calls.append(levels) or divergence(latent, levels)
+    net.divergence = lambda latent, levels, weight: calls.append(levels) or divergence(latent, levels, weight)
     net.calibrate([{"image": images(4)}])
     net(images())
     assert len(calls) == (2 if score_band is None else 4)
@@ -417,7 +421,6 @@ def test_slices_of_another_shape_are_refused_with_the_expected_one(shape):
         ({"start_level": 61, "band": (10, 60), "num_levels": 60}, r"must lie in 1 \.\.\. 60"),
         ({"schedule": "sigmoid"}, "unknown schedule 'sigmoid'"),
         ({"score": "median"}, "unknown score 'median'"),
-        ({"contrast_share": 1}, "contrast_share must be 0 or more and less than 1, got 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, text):
@@ -546,24 +549,28 @@ def test_the_divergence_is_smoothed_if_asked():
     torch.testing.assert_close(net.divergence(z0, [300, 400]), GaussianFilter(2, sigma=0.8)(plain))
 
 
-def test_the_papers_variants_share_the_weights_and_have_thresholds_of_their_own():
-    net = network(band=(150, 350), divergence_smoothing=0.6, contrast_share=0.1, residual="both")
+def test_the_variants_of_a_table_share_the_weights_and_the_published_one_has_thresholds_of_its_own():
+    net = network(band=(150, 350), divergence_smoothing=0.6, texture_offset=0.1, percentile=99.0, healings=2)
+    net.calibrate([{"image": images(4)}])
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    found = net.variants(["a", "b", "c", "d", "default"], [{"image": images(4)}])
+    found = net.variants(["a", "b", "c", "d", "published"], [{"image": images(4)}])
     assert {name: (v.variant, v.masked_map, v.heal_all) for name, v in found.items()} == {
         "a": ("a", False, True),
         "b": ("b", False, False),
         "c": ("c", True, False),
         "d": ("d", True, False),
-        "default": ("d", True, False),
+        "published": ("c", True, False),
     }
     assert all(v.unet is net.unet for v in found.values())
-    paper = found["c"]
-    assert (paper.band, paper.band_levels, paper.divergence_smoothing, paper.residual) == ((400, 600), 50, 0.0, "image")
-    assert (paper.contrast_share, net.contrast_share) == (0, 0.1)
-    assert not torch.equal(paper.healthy_places, net.healthy_places)
+    assert torch.equal(found["d"](images()), net(images()))
+    assert all(torch.equal(found[name].healthy_places, net.healthy_places) for name in "abcd")
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-    assert torch.equal(found["default"](images()), net(images()))
+    published, alone = found["published"], network(**{**net.published, "max_batch": 256})
+    alone.calibrate([{"image": images(4)}])
+    assert published.max_batch == net.max_batch and not torch.equal(published.healthy_places, net.healthy_places)
+    torch.testing.assert_close(published.healthy_places, alone.healthy_places)
+    published.start_level = alone.start_level = 20  # 500 steps would take long
+    torch.testing.assert_close(published(images()), alone(images()))
 
 
 def test_drawn_slices_depend_on_the_seed_alone_and_lie_between_0_and_1():

@@ -70,6 +70,16 @@ def test_a_sprite_of_one_grey_level_is_painted_under_each_mask_and_nothing_else_
         assert abs(slice_[mask].mean() - image[mask].mean()) >= 0.2 - 1e-5
 
 
+def test_what_lies_under_a_sprite_shows_through_if_asked():
+    images = make_slices()
+    even, masks = paint_sprites(images, seed=3)
+    textured, same = paint_sprites(images, seed=3, texture=1.0)
+    assert torch.equal(same, masks) and torch.equal(textured[~masks], images[~masks])
+    for image, flat, slice_, mask in zip(images, even, textured, masks, strict=True):
+        expected = (flat[mask] + image[mask] - image[mask].mean()).clamp(0, 1)
+        torch.testing.assert_close(slice_[mask], expected, atol=1e-6, rtol=0)
+
+
 def test_sprites_depend_on_the_seed_and_the_number_of_the_slice_alone():
     images = make_slices()
     painted, masks = paint_sprites(images, seed=1)

@@ -821,6 +821,17 @@ def test_a_sprite_is_one_grey_level_that_stands_out_inside_the_head():
             assert abs(painted[0] - covered.mean()) >= 0.25 - 1e-6
 
 
+def test_a_sprite_that_keeps_the_texture_shifts_what_was_there():
+    image, _ = slice_with_head()
+    for flat, half, kept in zip(*(sprites(20, texture=texture) for texture in (0.0, 0.5, 1.0)), strict=True):
+        mask = kept["label"][0].bool()
+        assert torch.equal(flat["label"], kept["label"]) and torch.equal(kept["image"][:, ~mask], image[:, ~mask])
+        inside = (x[:, mask] for x in (flat["image"], half["image"], kept["image"], image))
+        for grey, middle, painted, covered in zip(*inside, strict=True):
+            torch.testing.assert_close(painted, (grey + covered - covered.mean()).clamp(0, 1), atol=1e-6, rtol=0)
+            torch.testing.assert_close(middle, (grey + (covered - covered.mean()) / 2).clamp(0, 1), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("shape", ["square", "ellipse", "heart"])
 def test_sprites_of_a_shape_keep_to_the_radius(shape):
     image = torch.full((1, 64, 64), 0.5)
@@ -847,7 +858,7 @@ def test_probability_zero_paints_nothing():
     assert not any(item["label"].any() for item in sprites(5, prob=0.0))
 
 
-@pytest.mark.parametrize("bad", [{"shapes": ["star"]}, {"contrast": 0.6}])
+@pytest.mark.parametrize("bad", [{"shapes": ["star"]}, {"contrast": 0.6}, {"texture": -0.1}, {"texture": 1.1}])
 def test_settings_that_no_sprite_can_meet_are_refused(bad):
     with pytest.raises(ValueError):
         RandSprited(**bad)

@@ -1,4 +1,7 @@
-"""What Pinaya et al. 2022 (arXiv 2206.03461) compare latent diffusion with, on the same rails: a VAE and a transformer."""
+"""What latent diffusion is compared with, on the same rails: a VAE, a transformer, and no model at all.
+
+The first two are baselines of Pinaya et al. 2022, arXiv 2206.03461.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from scripts.losses import gaussian_kl
 from scripts.networks.healthy_model import HealthyModel, QuantisedModel
 from scripts.samplers import for_batch
 
-__all__ = ["DenseVAENet", "TransformerAnomalyNet"]
+__all__ = ["DenseVAENet", "EvennessNet", "TransformerAnomalyNet"]
 
 INFERER = VQVAETransformerInferer()  # not an attribute: MONAI's class never initialises the module that it is
 
@@ -65,7 +68,7 @@ class DenseVAENet(HealthyModel):
         with torch.autocast(latent.device.type, dtype=torch.bfloat16, enabled=self.amp):
             return self.vae.decode_forward(latent).float()
 
-    def heal(self, image: Tensor, mask: Tensor) -> Tensor:
+    def heal(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] with the pixels of ``mask`` (B, 1, H, W) replaced by the restored ones."""
         return torch.where(mask, self.decode(self.encode(image)[0]), image)
 
@@ -76,7 +79,7 @@ class DenseVAENet(HealthyModel):
     def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Error map (B, 1, H, W), restored slices (B, C, H, W) and scores (B,) of slices (B, C, H, W) in [0, 1]."""
         restored = self.decode(self.encode(image)[0])
-        error = (image - restored).abs().mean(dim=1, keepdim=True)
+        error = (image - restored).abs().mean(dim=1, keepdim=True) * self.evenness(image)
         return error, restored, self._reduce(error)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -97,6 +100,26 @@ class DenseVAENet(HealthyModel):
         prior = torch.zeros_like(mean)  # its mean and its log variance
         divergence = gaussian_kl(mean, log_variance, prior, prior).sum() / image.numel()
         return {"reconstruction": (restored - image).abs().mean(), "kl": self.kl_weight * divergence}
+
+
+class EvennessNet(HealthyModel):
+    """Call foreground unlike health where it is even: a control that needs no training.
+
+    Painted sprites of one grey level are more even than any tissue. What a model finds beyond this control, it finds by what
+    it has learned.
+
+    Args:
+        kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`; ``texture_offset`` must be above 0.
+    """
+
+    def unlikeness(self, image: Tensor) -> Tensor:
+        """Evenness (B, 1, H, W), in [0, 1], of slices (B, C, H, W) in [0, 1]; 0 in the background."""
+        return self.evenness(image) * (image > self.foreground_level).any(dim=1, keepdim=True)
+
+    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Evenness (B, 1, H, W), the slices (B, C, H, W) themselves and scores (B,) of slices (B, C, H, W) in [0, 1]."""
+        unlike = self.unlikeness(image)
+        return unlike, image, self._reduce(unlike)
 
 
 class TransformerAnomalyNet(QuantisedModel):
@@ -149,10 +172,14 @@ class TransformerAnomalyNet(QuantisedModel):
         return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
 
     def unlikeness(self, image: Tensor) -> Tensor:
-        """Negative log-likelihood (B, 1, h, w), in nats, of each token of slices (B, C, H, W) in [0, 1]."""
-        return self._surprise(image)[:, self.ordering.get_revert_sequence_ordering()].unflatten(1, (1, *self.latent_size))
+        """Negative log-likelihood (B, 1, h, w), in nats, of each token of slices (B, C, H, W) in [0, 1].
 
-    def heal(self, image: Tensor, mask: Tensor) -> Tensor:
+        See ``texture_offset``, too.
+        """
+        found = self._surprise(image)[:, self.ordering.get_revert_sequence_ordering()].unflatten(1, (1, *self.latent_size))
+        return found * self._places(self.evenness(image))
+
+    def heal(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] with the tokens inside ``mask`` (B, 1, h, w) drawn by the transformer.
 
         In the sequence's order, each given the tokens before it, those drawn already included.
@@ -161,7 +188,7 @@ class TransformerAnomalyNet(QuantisedModel):
         tokens = self.index_quantize(image).flatten(1)[:, order]
         mask = mask.flatten(1)[:, order]
         sequence = nn.functional.pad(tokens, (1, 0), value=self.num_embeddings)
-        generator = torch.Generator(image.device).manual_seed(self.seed)
+        generator = self._generator(image, 1) if generator is None else generator
         # the largest of logits plus Gumbel noise is a draw from their distribution
         noise = -torch.empty(mask.shape[1], self.num_embeddings, device=image.device).exponential_(generator=generator).log()
         for i in mask.any(dim=0).nonzero()[:, 0].tolist():

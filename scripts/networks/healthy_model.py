@@ -19,18 +19,39 @@ from scripts.losses import SpectralLoss
 from scripts.networks.slice_network import SliceNetwork
 from scripts.transforms import has_foreground
 
-__all__ = ["HealthyModel", "QuantisedModel"]
+__all__ = ["HealthyModel", "QuantisedModel", "local_texture"]
 
 NUM_QUANTILES = 2001  # of what held-out healthy slices give; 0.05 % apart
+SCORE_PERCENTILE = 97.5  # of healthy slices, whose score makes an abnormality of 0.5
+WINDOW = 3  # pixels, edge of the windows whose texture is measured
+
+
+def local_texture(image: Tensor) -> Tensor:
+    """How uneven slices are around each pixel.
+
+    A window of 3 x 3 pixels is as uneven as the mean absolute difference of its neighbours along one axis, plus that along
+    the other. A pixel gets the least of all windows that it lies in, so that the edge of an even region is as even as its
+    inside.
+
+    Args:
+        image: (B, C, H, W).
+
+    Returns:
+        (B, 1, H, W), in the unit of the image, 0 or more; the mean over the channels.
+    """
+    down = nn.functional.avg_pool2d(image.diff(dim=2).abs(), (WINDOW - 1, WINDOW), stride=1)
+    across = nn.functional.avg_pool2d(image.diff(dim=3).abs(), (WINDOW, WINDOW - 1), stride=1)
+    windows = nn.functional.pad((down + across).mean(dim=1, keepdim=True), (WINDOW - 1,) * 4, value=torch.inf)
+    return -nn.functional.max_pool2d(-windows, WINDOW, stride=1)
 
 
 class HealthyModel(SliceNetwork):
     """A model of healthy slices that makes an anomaly map, a healed slice and a score.
 
     A subclass has ``unlikeness(image)``, a map (B, 1, h, w), 0 or more, on a grid that divides the slice's, and
-    ``heal(image, mask)``, which returns the slice (B, C, H, W) with the places of ``mask``, (B, 1, h, w) bool, replaced by
-    what the model expects there. The quantiles of ``unlikeness`` and of ``score`` over held-out healthy slices are buffers
-    and lie among the weights; :meth:`calibrate` measures them after training.
+    ``heal(image, mask, generator)``, which returns the slice (B, C, H, W) with the places of ``mask``, (B, 1, h, w) bool,
+    replaced by what the model expects there. The quantiles of ``unlikeness`` and of ``score`` over held-out healthy slices
+    are buffers and lie among the weights; :meth:`calibrate` measures them after training.
 
     Args:
         in_channels: number of channels, C.
@@ -39,16 +60,18 @@ class HealthyModel(SliceNetwork):
         smoothing: standard deviation in pixels of the Gaussian filter over the mask that multiplies the residual.
         masked_map: multiply the residual with the smoothed mask.
         heal_all: replace the whole slice, not only what is unlike.
-        residual: ``image``, what differs between the slice and the healed one, as in the paper; ``both``: the smaller one
-            of that and of what differs between the slice as the model restores it and the healed one, so that what the
-            model can't restore anywhere does not count.
+        healings: how often a slice is healed, each time with other noise; the residual is the mean of all (paper: 1).
+        texture_offset: what is found counts less where the slice is uneven, by the factor o / (o + texture), o being this
+            grey level and the texture that of :func:`local_texture`; 0 for no such factor, as in the paper. Models call
+            complex texture unlikely and even regions likely, whatever they show, so that a likelihood must be compared
+            with the complexity (Serrà et al. 2020, arXiv 1909.11480).
         score: ``max``, the most unlike place, or ``mean``, as in the paper.
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
         foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
         kwargs: ``seed`` and ``amp``, see :class:`scripts.networks.slice_network.SliceNetwork`.
 
     Raises:
-        ValueError: for an unknown score or residual, or a percentile that is none.
+        ValueError: for an unknown score, a percentile that is none, no healing, or a negative texture offset.
     """
 
     def __init__(
@@ -59,7 +82,8 @@ class HealthyModel(SliceNetwork):
         smoothing: float = 1.0,
         masked_map: bool = True,
         heal_all: bool = False,
-        residual: str = "image",
+        healings: int = 1,
+        texture_offset: float = 0.0,
         score: str = "max",
         min_foreground: float = 0.01,
         foreground_level: float = 0.15,
@@ -68,12 +92,14 @@ class HealthyModel(SliceNetwork):
         super().__init__(in_channels, spatial_size, min_foreground, foreground_level, **kwargs)
         if score not in ("max", "mean"):
             raise ValueError(f"unknown score '{score}': choose max or mean")
-        if residual not in ("image", "both"):
-            raise ValueError(f"unknown residual '{residual}': choose image or both")
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must lie in 0 ... 100, got {percentile}")
-        self.percentile, self.smoothing = percentile, smoothing
-        self.masked_map, self.heal_all, self.residual, self.reduction = masked_map, heal_all, residual, score
+        if healings < 1:
+            raise ValueError(f"healings must be 1 or more, got {healings}")
+        if texture_offset < 0:
+            raise ValueError(f"texture_offset must be 0 or more, got {texture_offset}")
+        self.percentile, self.smoothing, self.healings, self.texture_offset = percentile, smoothing, healings, texture_offset
+        self.masked_map, self.heal_all, self.reduction = masked_map, heal_all, score
         self.register_buffer("healthy_places", torch.zeros(NUM_QUANTILES))
         self.register_buffer("healthy_scores", torch.zeros(NUM_QUANTILES))
 
@@ -86,8 +112,11 @@ class HealthyModel(SliceNetwork):
         """How unlike health each place of slices (B, C, H, W) in [0, 1] is: (B, 1, h, w), 0 or more."""
         raise NotImplementedError
 
-    def heal(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Slices (B, C, H, W) in [0, 1] with the places of ``mask`` (B, 1, h, w) replaced by healthy ones."""
+    def heal(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] with the places of ``mask`` (B, 1, h, w) replaced by healthy ones.
+
+        ``generator`` is the source of the noise; None for one that the seed gives.
+        """
         raise NotImplementedError
 
     def restore(self, image: Tensor) -> Tensor:
@@ -97,6 +126,12 @@ class HealthyModel(SliceNetwork):
     def shared(self, image: Tensor) -> dict[str, Tensor]:
         """Arguments by name that ``unlikeness``, ``heal``, ``restore`` and ``score`` all take, to be computed once."""
         return {}
+
+    def evenness(self, image: Tensor) -> Tensor:
+        """Factor (B, 1, H, W), in (0, 1], that what is found in slices (B, C, H, W) counts by, see ``texture_offset``."""
+        if not self.texture_offset:
+            return torch.ones_like(image[:, :1])
+        return self.texture_offset / (self.texture_offset + local_texture(image))
 
     def _reduce(self, unlike: Tensor) -> Tensor:
         return unlike.flatten(1).amax(dim=1) if self.reduction == "max" else unlike.flatten(1).mean(dim=1)
@@ -118,11 +153,16 @@ class HealthyModel(SliceNetwork):
         shared = self.shared(image)
         unlike = self.unlikeness(image, **shared)
         mask = unlike > self.quantile("healthy_places", self.percentile)
-        healed = self.heal(image, torch.ones_like(mask) if self.heal_all else mask, **shared)
+        to_heal = torch.ones_like(mask) if self.heal_all else mask
+        healed = self.restore(image, **shared).clone()
         difference = (image - healed).abs()
-        if self.residual == "both":
-            difference = difference.minimum((self.restore(image, **shared) - healed).abs())
-        anomaly = difference.mean(dim=1, keepdim=True)
+        ill = to_heal.flatten(1).any(dim=1)  # healing leaves the others as they are
+        if ill.any():
+            generator, shared_of_ill = self._generator(image, 1), {name: value[ill] for name, value in shared.items()}
+            draws = [self.heal(image[ill], to_heal[ill], generator, **shared_of_ill) for _ in range(self.healings)]
+            healed[ill] = draws[0]
+            difference[ill] = sum((image[ill] - draw).abs() for draw in draws) / len(draws)
+        anomaly = difference.mean(dim=1, keepdim=True) * self.evenness(image)
         if self.masked_map:
             anomaly = anomaly * self.smooth(mask)
         return anomaly, healed, self.score(image, unlike, **shared)
@@ -164,11 +204,11 @@ class HealthyModel(SliceNetwork):
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), healed slices (B, C, H, W) and abnormality (B,) of slices (B, C, H, W) in [0, 1].
 
-        The abnormality is score / (score + h) with the ``percentile`` h of the scores of healthy slices, so that 0.5 means
-        "as unlike as the most unlike 2.5 % of healthy slices".
+        The abnormality is score / (score + h) with the 97.5th percentile h of the scores of healthy slices, so that 0.5
+        means "as unlike as the most unlike 2.5 % of healthy slices".
         """
         anomaly, healed, score = self.examine(image)
-        healthy = self.quantile("healthy_scores", self.percentile).clamp(min=1e-12)
+        healthy = self.quantile("healthy_scores", SCORE_PERCENTILE).clamp(min=1e-12)
         return anomaly, healed, score / (score + healthy)
 
 
@@ -227,6 +267,10 @@ class QuantisedModel(HealthyModel):
         quantised, _ = self.autoencoder.quantize(latent)
         with torch.autocast(latent.device.type, dtype=torch.bfloat16, enabled=self.amp):
             return self.autoencoder.decode(quantised).float()
+
+    def _places(self, pixels: Tensor) -> Tensor:
+        """Mean over the pixels of each place of the latents: (B, 1, H, W) to (B, 1, h, w)."""
+        return nn.functional.adaptive_avg_pool2d(pixels, self.latent_size)
 
     def restore(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] after encoding, quantisation and decoding."""

@@ -39,8 +39,6 @@ class LatentAnomalyNet(QuantisedModel):
         band_levels: how many levels, evenly spaced in the band, its mean is taken over (paper: 50).
         divergence_smoothing: standard deviation of a Gaussian filter over the divergence map, in places of the latents; 0 as
             in the paper.
-        contrast_share: share of a slice's places, the most unlike ones, that are healed for comparison: what the healed
-            slice is unlike too does not count, since healthy texture can be hard to foresee; 0 as in the paper.
         score_band: band of the image's score; None for that of the map, whose values are then used again; [1, 1000] for
             the whole chain, as in the paper.
         start_level: level that the latents are noised to before healing.
@@ -51,7 +49,7 @@ class LatentAnomalyNet(QuantisedModel):
         kwargs: arguments of :class:`scripts.networks.healthy_model.QuantisedModel`.
 
     Raises:
-        ValueError: for an unknown variant or solver, levels outside 1 ... ``num_levels``, or a share that is none.
+        ValueError: for an unknown variant or solver, or levels outside 1 ... ``num_levels``.
     """
 
     def __init__(
@@ -65,7 +63,6 @@ class LatentAnomalyNet(QuantisedModel):
         band: Sequence[int] = (400, 600),
         band_levels: int = 50,
         divergence_smoothing: float = 0.0,
-        contrast_share: float = 0.0,
         score_band: Sequence[int] | None = None,
         start_level: int = 500,
         num_steps: int = 50,
@@ -79,13 +76,11 @@ class LatentAnomalyNet(QuantisedModel):
             raise ValueError(f"unknown solver '{solver}': choose one of {', '.join(SOLVERS)}")
         if not all(1 <= level <= num_levels for level in (*band, *(score_band or ()), start_level)):
             raise ValueError(f"band, score_band and start_level must lie in 1 ... {num_levels}")
-        if not 0 <= contrast_share < 1:
-            raise ValueError(f"contrast_share must be 0 or more and less than 1, got {contrast_share}")
         super().__init__(**kwargs)
         self.choose(variant)
         self.num_levels, self.level_power = num_levels, level_power
         self.band, self.band_levels, self.score_band = tuple(band), band_levels, score_band
-        self.divergence_smoothing, self.contrast_share = divergence_smoothing, contrast_share
+        self.divergence_smoothing = divergence_smoothing
         self.start_level, self.num_steps, self.solver = start_level, num_steps, solver
         self.max_batch = max_batch
 
@@ -109,29 +104,39 @@ class LatentAnomalyNet(QuantisedModel):
         self.variant, self.masked_map, self.heal_all = variant, variant in "cd", variant == "a"
 
     def variants(self, names: Sequence[str], batches: Iterable[dict]) -> dict[str, LatentAnomalyNet]:
-        """The paper's variants for a table, with its band, 50 levels and 50 steps of DDIM; all share these weights.
+        """Networks for a table, which all share these weights.
 
         Args:
-            names: ``a`` to ``d``, or ``default``, which is this network itself.
+            names: ``a`` to ``d``, the paper's variants with this network's other settings; ``published``, see there.
             batches: held-out healthy slices for :meth:`calibrate`, since another band has another divergence.
         """
-        paper = copy.copy(self)
-        paper.band_levels, paper.num_steps, paper.solver, paper.residual = 50, 50, "ddim", "image"
-        paper.band, paper.divergence_smoothing, paper.contrast_share = (400, 600), 0.0, 0.0
-        if set(names) - {"default"}:
-            paper._buffers = {k: v.clone() for k, v in self._buffers.items()}
-            paper.calibrate(batches)
-        found = {}
-        for name in names:
-            found[name] = copy.copy(self if name == "default" else paper)
-            if name != "default":
-                found[name].choose(name)
+        found = {name: copy.copy(self) for name in names}
+        for name, network in found.items():
+            if name == "published":
+                settings = {**self.published, "max_batch": self.max_batch, "amp": self.amp}  # these change the speed alone
+                for setting in settings.keys() - {"variant"}:
+                    setattr(network, setting, settings[setting])
+                network.choose(settings["variant"])
+                network._buffers = {key: value.clone() for key, value in self._buffers.items()}
+                network.calibrate(batches)
+            else:
+                network.choose(name)
         return found
 
     @property
     def published(self) -> dict[str, object]:
         """Settings of the published procedure: 50 levels of the band one after the other, then 500 stochastic steps."""
-        return {"variant": "c", "band_levels": 50, "contrast_share": 0.0, "max_batch": 1, "amp": False}
+        return {
+            "variant": "c",
+            "band": (400, 600),
+            "band_levels": 50,
+            "divergence_smoothing": 0.0,
+            "texture_offset": 0.0,
+            "healings": 1,
+            "percentile": 97.5,
+            "max_batch": 1,
+            "amp": False,
+        }
 
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to latents (B, embedding_dim, h, w) with mean 0 and standard deviation 1."""
@@ -147,7 +152,7 @@ class LatentAnomalyNet(QuantisedModel):
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
             return self.unet(x, step).float()
 
-    def divergence(self, latent: Tensor, levels: Sequence[int]) -> Tensor:
+    def divergence(self, latent: Tensor, levels: Sequence[int], weight: Tensor | None = None) -> Tensor:
         """Mean over levels t of KL( q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t) ), in nats (paper, section 2.3).
 
         Both are Gaussians with the variance of q, so that only their means differ.
@@ -155,6 +160,7 @@ class LatentAnomalyNet(QuantisedModel):
         Args:
             latent: z_0, (B, embedding_dim, h, w).
             levels: levels t, 1 or more.
+            weight: factor of each place, (B, 1, h, w); None for 1.
 
         Returns:
             (B, 1, h, w), summed over the channels of a place, and smoothed.
@@ -172,6 +178,8 @@ class LatentAnomalyNet(QuantisedModel):
             mean, variance = posterior(x, z0, a_t, a_s)
             kl = gaussian_kl(mean, variance.log(), posterior(x, estimate, a_t, a_s)[0], variance.log())
             total += kl.sum(dim=1, keepdim=True).unflatten(0, (-1, len(latent))).sum(dim=0)
+        if weight is not None:
+            total = total * weight
         if self.divergence_smoothing > 0:
             total = GaussianFilter(spatial_dims=2, sigma=self.divergence_smoothing).to(total.device)(total)
         return total / len(levels)
@@ -181,52 +189,42 @@ class LatentAnomalyNet(QuantisedModel):
         return torch.linspace(max(band[0], 2), max(band[1], 2), self.band_levels).round().int().tolist()
 
     def shared(self, image: Tensor) -> dict[str, Tensor]:
-        """The latents of slices (B, C, H, W) in [0, 1], as ``latent``, and their ``divergence`` over the band."""
-        latent = self.encode(image)
-        return {"latent": latent, "divergence": self.divergence(latent, self._levels(self.band))}
+        """The latents of slices (B, C, H, W) in [0, 1], as ``latent``."""
+        return {"latent": self.encode(image)}
 
-    def unlikeness(self, image: Tensor, latent: Tensor | None = None, divergence: Tensor | None = None) -> Tensor:
-        """Divergence map (B, 1, h, w) of slices (B, C, H, W) in [0, 1], the mean over the band.
+    def unlikeness(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
+        """Divergence map (B, 1, h, w) of slices (B, C, H, W) in [0, 1], the mean over the band; see ``texture_offset``."""
+        return self._unlikeness(image, latent, self.band)
 
-        With a ``contrast_share`` it is what that is more than the divergence map of the slices with their most unlike places
-        healed, 0 or more.
-        """
+    def _unlikeness(self, image: Tensor, latent: Tensor | None, band: Sequence[int]) -> Tensor:
         latent = self.encode(image) if latent is None else latent
-        found = self.divergence(latent, self._levels(self.band)) if divergence is None else divergence
-        if not self.contrast_share:
-            return found
-        limit = found.flatten(1).quantile(1 - self.contrast_share, dim=1).view(-1, 1, 1, 1)
-        healed = self.heal(image, found >= limit, latent)
-        return (found - self.divergence(self.encode(healed), self._levels(self.band))).clamp(min=0)
+        return self.divergence(latent, self._levels(band), self._places(self.evenness(image)))
 
-    def restore(self, image: Tensor, latent: Tensor | None = None, divergence: Tensor | None = None) -> Tensor:
+    def restore(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] after encoding, quantisation and decoding."""
         return self.decode(self.encode(image) if latent is None else latent)
 
     @torch.no_grad()
-    def score(
+    def score(self, image: Tensor, unlike: Tensor | None = None, latent: Tensor | None = None) -> Tensor:
+        """Score (B,) of slices (B, C, H, W) in [0, 1]: of the divergence over ``score_band``."""
+        if self.score_band is None:
+            return super().score(image, unlike)
+        return self._reduce(self._unlikeness(image.float(), latent, self.score_band))
+
+    def heal(
         self,
         image: Tensor,
-        unlike: Tensor | None = None,
+        mask: Tensor,
+        generator: torch.Generator | None = None,
         latent: Tensor | None = None,
-        divergence: Tensor | None = None,
     ) -> Tensor:
-        """Score (B,) of slices (B, C, H, W) in [0, 1]: of the divergence over ``score_band``, compared with nothing."""
-        if self.score_band is None and divergence is not None:
-            return self._reduce(divergence)
-        if self.score_band is None and not self.contrast_share:
-            return super().score(image, unlike)
-        latent = self.encode(image.float()) if latent is None else latent
-        return self._reduce(self.divergence(latent, self._levels(self.score_band or self.band)))
-
-    def heal(self, image: Tensor, mask: Tensor, latent: Tensor | None = None, divergence: Tensor | None = None) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] with the latents inside ``mask`` (B, 1, h, w) drawn by the model (paper, 2.3).
 
         Outside the mask every step puts the noised original back: in variant d always with the same noise, since its
         steps are deterministic; in the others with new one.
         """
         z0 = self.encode(image) if latent is None else latent
-        generator = self._generator(z0, 1)
+        generator = self._generator(z0, 1) if generator is None else generator
         draw = partial(self._draw, generator=generator)
         first = draw(z0)
 
