@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from monai.inferers import Inferer, SliceInferer
@@ -26,7 +27,7 @@ def run_in_batches(network: nn.Module, images: Tensor, batch_size: int) -> tuple
         the outputs (N, ...), float32 on the CPU, and the seconds an image.
     """
     network.eval()  # in training mode a codebook would go on learning
-    device = next(network.parameters()).device
+    device = next(chain(network.parameters(), network.buffers())).device  # a control has no parameters
     begun = time.perf_counter()
     batches = tqdm(images.split(batch_size), desc="images", leave=False, disable=None)
     output = torch.cat([network(batch.to(device)).float().cpu() for batch in batches])

@@ -211,6 +211,19 @@ def test_evaluation_with_sprites_writes_the_table_of_the_variants(pictures, tmp_
     assert summary["d"]["best_dice"]["mean"] == pytest.approx(np.mean([float(r["best_dice"]) for r in rows[4:]]))
 
 
+def test_evaluation_measures_the_quantiles_anew_if_asked(pictures, tmp_path):
+    """Of made slices more places are unlike than of real ones, unless the threshold is measured on such slices."""
+    args = ("--dataset_dir", pictures, "--variants", "['d']", "--seeds", "[0]", "--contrasts", "[]", "--number", 2)
+    found = []
+    for recalibrate in ("False", "True"):
+        options = (*args, "--recalibrate", recalibrate, "--output_dir", tmp_path / recalibrate)
+        done = run(BUNDLE, "['configs/inference.json','configs/evaluate.json']", *options)
+        assert done.returncode == 0, done.stderr
+        found.append([row for row in rows_of(tmp_path / recalibrate / "metrics.csv") if row["method"] == "d"])
+    (stored,), (anew,) = found
+    assert stored["best_dice"] != anew["best_dice"]
+
+
 def test_both_stages_train_resume_and_their_weights_run(pictures, tmp_path):
     args = ["--dataset_dir", pictures, "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
     args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]

@@ -45,6 +45,12 @@ def test_images_are_run_in_batches_in_evaluation_mode_and_in_their_order():
     assert torch.equal(output, images * 6) and not output.requires_grad and not network.training and seconds > 0
 
 
+def test_a_network_without_parameters_is_run_in_batches_too():
+    network, images = torch.nn.BatchNorm2d(1, affine=False), torch.rand(3, 1, 4, 4)
+    output, _ = run_in_batches(network, images, batch_size=2)
+    torch.testing.assert_close(output, images, rtol=1e-4, atol=1e-5)
+
+
 def pair(num_frames=None):
     """Source and target as they come from a loader."""
     image = MetaTensor(torch.rand(2, 8, 7, 6), meta={"num_frames": num_frames} if num_frames else {})
