@@ -349,13 +349,14 @@ def test_what_is_found_counts_by_how_even_the_slice_is_there(make):
 
 
 def test_the_control_finds_even_foreground_and_changes_nothing():
-    net, image = EvennessNet(1, SIZE, texture_offset=0.1, score="mean", min_foreground=0.0).eval(), images()
+    net, image = EvennessNet(spatial_size=SIZE, texture_offset=0.1, score="mean", min_foreground=0.0).eval(), images()
     image[:, :, 4:12, 4:12], image[:, :, 20:28, 4:12] = 0.6, 0.0
     output = net(image)
     assert torch.equal(output[:, 1:2], image)
     assert (output[:, 0, 4:12, 4:12] == 1).all() and not output[:, 0, 20:28, 4:12].any()
     assert output[:, 0, :, 16:].max() < 0.5
     torch.testing.assert_close(net.score(image), output[:, 0].mean(dim=(1, 2)))
+    torch.testing.assert_close(output[:, -1, 0, 0], net.score(image) / (net.score(image) + 0.5))
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -112,6 +112,10 @@ class EvennessNet(HealthyModel):
         kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`; ``texture_offset`` must be above 0.
     """
 
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.healthy_scores.fill_(0.5)  # never measured; of a score in [0, 1] any abnormality keeps the order
+
     def unlikeness(self, image: Tensor) -> Tensor:
         """Evenness (B, 1, H, W), in [0, 1], of slices (B, C, H, W) in [0, 1]; 0 in the background."""
         return self.evenness(image) * (image > self.foreground_level).any(dim=1, keepdim=True)
