@@ -114,9 +114,9 @@ class LatentAnomalyNet(QuantisedModel):
         for name, network in found.items():
             if name == "published":
                 settings = {**self.published, "max_batch": self.max_batch, "amp": self.amp}  # these change the speed alone
-                for setting in settings.keys() - {"variant"}:
-                    setattr(network, setting, settings[setting])
-                network.choose(settings["variant"])
+                network.choose(settings.pop("variant"))
+                for setting, value in settings.items():
+                    setattr(network, setting, value)
                 network._buffers = {key: value.clone() for key, value in self._buffers.items()}
                 network.calibrate(batches)
             else:
