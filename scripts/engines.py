@@ -1,7 +1,7 @@
 """Engines that train and run the methods, on MONAI's and Ignite's.
 
 A network that trains here has ``losses(image, class_label, generator)``, which returns a dictionary of scalars; one that
-trains in stages has such a method for each.
+trains in stages has such a method for each. ``amp`` is its arithmetic, see :mod:`scripts.precision`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
+from ignite.engine import Engine, Events
 from monai.engines import Evaluator, SupervisedEvaluator, SupervisedTrainer
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from scripts.datasets import root_cause
 from scripts.files import written_aside
+from scripts.precision import arithmetic, hardware
 
 __all__ = ["CohortEvaluator", "DiffusionTrainer", "DiffusionValidator", "distributed", "ema_of"]
 
@@ -35,6 +37,13 @@ Objective = Callable[[Tensor, Tensor, torch.Generator], dict[str, Tensor]]
 def _generator(device: torch.device, *numbers: int) -> torch.Generator:
     """Source of random numbers that depends on the given numbers alone."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def _tell_arithmetic(engine: Engine) -> None:
+    """A line about what the run computes on, and in which arithmetic."""
+    if not idist.get_rank():
+        device = engine.state.device
+        logger.info(f"computing on {hardware(device)}, in {arithmetic(engine.network, device)}")
 
 
 def ema_of(network: nn.Module, decay: float = 0.9995) -> AveragedModel:
@@ -102,6 +111,7 @@ class DiffusionTrainer(SupervisedTrainer):
         super().__init__(loss_function=None, decollate=False, **kwargs)
         self.ema, self.seed, self.max_norm = ema, seed, max_norm
         self.objective = objective or self.network.losses
+        self.add_event_handler(Events.STARTED, _tell_arithmetic)
 
     def _iteration(self, engine: DiffusionTrainer, batchdata: dict) -> dict[str, float]:
         device, iteration = engine.state.device, engine.state.iteration
@@ -167,6 +177,7 @@ class CohortEvaluator(SupervisedEvaluator):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.failures: dict[str, str] = {}
+        self.add_event_handler(Events.STARTED, _tell_arithmetic)
 
     def _iteration(self, engine: CohortEvaluator, batchdata: dict) -> dict | list:
         failure = batchdata.get("failure")

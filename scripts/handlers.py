@@ -37,6 +37,7 @@ from scripts.datasets import root_cause
 from scripts.dicom import write_segmentation
 from scripts.figures import cine_animation, cine_overview, contact_sheet, overview, schedule_figure
 from scripts.files import locked, sha256_of, written_aside
+from scripts.precision import arithmetic
 from scripts.transforms import PICTURE_AFFINE
 
 __all__ = [
@@ -80,8 +81,9 @@ class ResultSaver:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self.begin)
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
-    def start(self) -> None:
+    def start(self, engine: Engine) -> None:
         """Find out before the first case whether the output folder can be written."""
+        self.arithmetic = arithmetic(engine.network, engine.state.device)
         try:
             with written_aside(self.output_dir / "write_test") as aside:
                 aside.touch()
@@ -108,9 +110,10 @@ class ResultSaver:
             ) from None
 
     def origin(self, seconds: float) -> dict[str, str]:
-        """The columns that every table has: how long it took, and the version of bundle and weights."""
+        """The columns that every table has: how long it took, in which arithmetic, and the version of bundle and weights."""
         return {
             "seconds": f"{seconds:.1f}",
+            "arithmetic": self.arithmetic,
             "bundle": self.bundle,
             "version": self.version,
             "weights": self.weights_hash,
@@ -125,10 +128,10 @@ class ResultSaver:
         path, cases = self.output_dir / self.table, {row["case"] for row in added}
         with locked(path):  # other processes add theirs
             rows = [row for row in self.rows() if row["case"] not in cases]
-            if any(set(row) != set(added[0]) for row in rows):
+            if any(not row.keys() <= added[0].keys() for row in rows):  # older versions had fewer columns
                 raise ValueError(f"{path}: has the results of another kind of bundle; choose another --output_dir")
             with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(added[0]))
+                writer = csv.DictWriter(file, list(added[0]), restval="")
                 writer.writeheader()
                 writer.writerows([*rows, *added])
 

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -35,6 +36,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stand_in_engine(amp: bool | str = False) -> SimpleNamespace:
+    """What a saver asks of the engine that it starts with."""
+    return SimpleNamespace(network=SimpleNamespace(amp=amp), state=SimpleNamespace(device=torch.device("cpu")))
 
 
 def make_head(num_slices: int = 3, num_sequences: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from torch import nn
 from scripts.datasets import BalancedBatchSampler, CohortDataset, SliceDataset
 from scripts.engines import CohortEvaluator, DiffusionTrainer, DiffusionValidator, ema_of
 from scripts.handlers import ModelSaver, ProgressBar, TrainingCheckpoint
+from scripts.precision import hardware
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "brain_mri_anomaly_ddim"
 CPU = torch.device("cpu")
@@ -401,6 +403,14 @@ def test_cases_that_fail_anywhere_are_recorded_and_the_others_are_done(caplog):
     assert evaluator.failures == FAILURES and done == [("a", [2.0]), ("b", [2.0])]
     assert outputs == [1, 0, 0, 0, 0, 1]
     assert all(f"{case}: {failure}" in caplog.messages for case, failure in FAILURES.items())
+
+
+def test_a_run_begins_with_a_line_about_hardware_and_arithmetic(caplog):
+    evaluator, _ = cohort(["a"])
+    evaluator.network.amp = True
+    with caplog.at_level(logging.INFO, logger="scripts.engines"):
+        evaluator.run()
+    assert caplog.messages[0] == f"computing on {hardware(CPU)}, in bfloat16"
 
 
 def test_the_report_of_failures_ends_the_program_with_status_1_and_names_all():

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import stand_in_engine
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, MetaTensor
 from monai.inferers import SimpleInferer
@@ -49,7 +50,7 @@ def finding(name="case1", seed=0):
 
 def saver(output_dir, weights="none.pt", **kwargs):
     handler = CaseSaver(output_dir, META, weights, **kwargs)
-    handler.start()
+    handler.start(stand_in_engine())
     return handler
 
 
@@ -120,6 +121,7 @@ def test_the_row_holds_the_volume_in_ml_and_what_made_it(tmp_path):
         "finding_ml": f"{case['pred'].numpy().sum() * 2 * 1.5 * 3 / 1000:.3f}",
         "score": f"{case['map'].numpy()[0].mean(axis=(0, 1)).max():.5f}",
         "trust": f"{case['probability'].numpy().max():.4f}",
+        "arithmetic": "float32",
         "bundle": "a bundle",
         "version": "1.2.3",
         "weights": sha256_of(tmp_path / "model.pt")[:12],
@@ -142,6 +144,22 @@ def test_the_results_of_another_kind_of_bundle_are_not_mixed_in(tmp_path):
     (tmp_path / "results.csv").write_text("case,frames\nold,10\n")
     with pytest.raises(ValueError, match=r"results\.csv: has the results of another kind of bundle; choose another"):
         saver(tmp_path).save(finding())
+
+
+def test_the_table_of_a_version_with_fewer_columns_is_gone_on_with(tmp_path):
+    saver(tmp_path).save(finding("a"))
+    (old,) = rows(tmp_path)
+    del old["arithmetic"]
+    (tmp_path / "results.csv").write_text("\n".join(",".join(line) for line in (old.keys(), old.values())) + "\n")
+    saver(tmp_path).save(finding("b"))
+    assert rows(tmp_path)[0] == {**old, "arithmetic": ""} and rows(tmp_path)[1]["arithmetic"] == "float32"
+
+
+def test_the_row_names_the_arithmetic_that_the_network_computed_in(tmp_path):
+    handler = CaseSaver(tmp_path, META, "none.pt", picture=False)
+    handler.start(stand_in_engine(amp=True))
+    handler.save(finding())
+    assert rows(tmp_path)[0]["arithmetic"] == "bfloat16"
 
 
 def test_two_runs_write_the_same_bytes(tmp_path):
@@ -171,7 +189,7 @@ def test_a_full_disk_keeps_the_earlier_results_of_the_case(tmp_path, monkeypatch
 def from_dicom(tmp_path):
     """A saver, and a case that was read from the folder of a DICOM series."""
     handler = CaseSaver(tmp_path / "out", {**META, "network_data_format": LABELS}, "none.pt", picture=False)
-    handler.start()
+    handler.start(stand_in_engine())
     (tmp_path / "series").mkdir()
     case = finding()
     case["image"].meta["filename_or_obj"] = str(tmp_path / "series")
@@ -277,7 +295,7 @@ def generated(seed, **more):
 
 def generated_saver(output_dir, meta=META):
     handler = GeneratedSaver(output_dir, meta, "none.pt", sampler="heun", steps=20)
-    handler.start()
+    handler.start(stand_in_engine())
     return handler
 
 
@@ -329,6 +347,7 @@ def test_the_table_of_generated_images_holds_what_made_them(tmp_path):
         "label": "3",
         "sampler": "heun",
         "steps": "20",
+        "arithmetic": "float32",
         "bundle": "a bundle",
         "version": "1.2.3",
         "weights": "none",

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT, save_patient
+from conftest import ROOT, save_patient, stand_in_engine
 
 from scripts import __main__ as main
 from scripts import release
@@ -161,7 +161,7 @@ def generated(tmp_path, monkeypatch) -> dict[str, object]:
 
     def generate(bundle, dataset_dir, output_dir, number, seed, **others):
         saver = GeneratedSaver(output_dir, {"name": "cxr", "version": "1.0"}, "none.pt", "ddim", 5)
-        saver.start()
+        saver.start(stand_in_engine())
         cases = generated_cases(number, seed)
         noise = [seeded_noise(case["seed"] + (number if settings["together"] else 0), (1, 8, 8)) for case in cases]
         pixels = [(255 * image.sigmoid() * (not settings["flat"])).byte() for image in noise]

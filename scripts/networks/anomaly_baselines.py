@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
 from scripts.networks.healthy_model import HealthyModel, QuantisedModel
+from scripts.precision import autocast
 from scripts.samplers import for_batch
 
 __all__ = ["DenseVAENet", "EvennessNet", "TransformerAnomalyNet"]
@@ -59,13 +60,13 @@ class DenseVAENet(HealthyModel):
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, (B, latent_size) each, of the latents of slices (B, C, H, W) in [0, 1]."""
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(image, self.amp):
             mean, log_variance = self.vae.encode_forward(image)
         return mean.float(), log_variance.float()
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, latent_size) to slices (B, C, H, W) in [0, 1]."""
-        with torch.autocast(latent.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(latent, self.amp):
             return self.vae.decode_forward(latent).float()
 
     def heal(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -165,12 +166,12 @@ class TransformerAnomalyNet(QuantisedModel):
         full precision.
         """
         latent = self.encode(image)
-        with torch.autocast(image.device.type, enabled=False):
+        with autocast(image, False):
             return self.autoencoder.quantizer.quantizer.quantize(latent)[2]
 
     def _surprise(self, image: Tensor) -> Tensor:
         """-log p(token | tokens before it), (B, h * w) in the sequence's order, in nats."""
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(image, self.amp):
             logits, tokens, _ = INFERER(image, self, self.transformer, self.ordering, return_latent=True)
         # MONAI's get_likelihood takes the logarithm of a probability, which is -inf where that underflows
         return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
@@ -197,11 +198,11 @@ class TransformerAnomalyNet(QuantisedModel):
         noise = -torch.empty(mask.shape[1], self.num_embeddings, device=image.device).exponential_(generator=generator).log()
         for i in mask.any(dim=0).nonzero()[:, 0].tolist():
             drawn = mask[:, i]
-            with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            with autocast(image, self.amp):
                 logits = self.transformer(sequence[drawn, : i + 1])[:, -1, : self.num_embeddings]
             sequence[drawn, i + 1] = (logits.float() + noise[i]).argmax(dim=1)
         tokens = sequence[:, 1:][:, back].unflatten(1, self.latent_size)
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(image, self.amp):
             return self.autoencoder.decode_samples(tokens).float()
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

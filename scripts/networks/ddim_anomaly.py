@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scripts.losses import variational_bound
 from scripts.networks.slice_network import SliceNetwork
+from scripts.precision import Amp, autocast
 from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_from_v, noise_image
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
@@ -79,7 +80,7 @@ class DDIMAnomalyNet(SliceNetwork):
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
         foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
         seed: seed of the noise of ``ddpm`` mode; every slice gets the same noise, so that batches do not matter.
-        amp: bfloat16 arithmetic in the networks.
+        amp: bfloat16 in the networks, see :func:`scripts.precision.autocast`.
 
     Raises:
         ValueError: for an unknown solver, mode or prediction type, a level beyond ``num_levels``, or a size that can't be
@@ -110,7 +111,7 @@ class DDIMAnomalyNet(SliceNetwork):
         min_foreground: float = 0.05,
         foreground_level: float = 0.1,
         seed: int = 0,
-        amp: bool = False,
+        amp: Amp = False,
     ) -> None:
         super().__init__(in_channels, spatial_size, min_foreground, foreground_level, seed, amp)
         for name, value, known in (
@@ -179,7 +180,7 @@ class DDIMAnomalyNet(SliceNetwork):
     def _run(self, network: nn.Module, x: Tensor, t: Tensor | int) -> Tensor:
         """Call a sub-network on the folded x; level t is the networks' step t - 1, counted from 0."""
         step = torch.as_tensor(t, device=x.device).sub(1).clamp(min=0).expand(len(x))
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(x, self.amp):
             return network(self.fold(x), step).float()
 
     def estimate(self, x: Tensor, t: Tensor | int, target: int | None = None) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scripts.cine_metrics import jacobian_determinant
+from scripts.precision import Amp, autocast, check_amp
 from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 
 __all__ = ["CineNet", "DeformableDiffusionNet", "VoxelMorphNet"]
@@ -124,7 +125,7 @@ class CineNet(nn.Module):
         refinement_steps: gradient steps by which ``forward`` improves the networks' field of a pair, see :meth:`refine`.
         window: edge in voxels of the window of the normalised cross-correlation.
         max_batch: number of frames that go through a network at once; a few, which the processor's memory keeps up with.
-        amp: bfloat16 in the networks.
+        amp: bfloat16 in the networks, see :func:`scripts.precision.autocast`.
 
     ``forward`` takes pairs (B, 2, H, W, D), source and target, in [-1, 1], of any size, and returns the frames
     (B, F, H, W, D). It keeps their fields as ``displacement`` (B, F, 3, H, W, D), in voxels along the three axes:
@@ -149,7 +150,7 @@ class CineNet(nn.Module):
         refinement_steps: int = 0,
         window: int = 9,
         max_batch: int = 2,
-        amp: bool = False,
+        amp: Amp = False,
     ) -> None:
         super().__init__()
         if gammas is None and num_frames < 2:
@@ -160,7 +161,7 @@ class CineNet(nn.Module):
         self.similarity_weight, self.frames_weight = similarity_weight, frames_weight
         self.squared_error, self.smoothness, self.folding = squared_error, smoothness, folding
         self.reduction, self.refinement_steps = reduction, refinement_steps
-        self.max_batch, self.amp = max_batch, amp
+        self.max_batch, self.amp = max_batch, check_amp(amp)
         self.warp = Warp(padding_mode="border")
         self.integrator = DVF2DDF(integration_steps, padding_mode="border") if diffeomorphic else None
         self.similarity = LocalNormalizedCrossCorrelationLoss(kernel_size=window)
@@ -213,9 +214,6 @@ class CineNet(nn.Module):
             loss.backward()
             optimizer.step()
         return whole, better.detach()
-
-    def _half(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp)
 
     def _integrate(self, fields: Tensor) -> Tensor:
         """Displacements (B, F, 3, H, W, D) of the networks' fields on their own grid, velocities if ``diffeomorphic``.
@@ -341,7 +339,7 @@ class DeformableDiffusionNet(CineNet):
 
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t, t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""
-        with self._half(target):
+        with autocast(target, self.amp):
             images = pixelunshuffle(torch.cat([source, target, noised], dim=1), 3, self.reduction)
             added = pixelshuffle(self.diffusion(images, t).float(), 3, self.reduction)
         signal = self.alphas_cumprod[t.long()].to(noised).sqrt().view(-1, 1, 1, 1, 1)
@@ -354,11 +352,11 @@ class DeformableDiffusionNet(CineNet):
         return prepared, self._deform(prepared, [0.0])
 
     def _prepare(self, source: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        with self._half(source):
+        with autocast(source, self.amp):
             return self.deformation.prepare(source, code)
 
     def _deform(self, prepared: tuple[Tensor, Tensor], gammas: Sequence[float]) -> Tensor:
-        with self._half(self.alphas_cumprod):
+        with autocast(self.alphas_cumprod, self.amp):
             return self.deformation.along(prepared, gammas).float()
 
     def velocities(self, motion: tuple[tuple[Tensor, Tensor], Tensor | float], gammas: Sequence[float]) -> Tensor:
@@ -409,7 +407,7 @@ class VoxelMorphNet(CineNet):
 
     def motion(self, source: Tensor, target: Tensor) -> Tensor:
         """Displacement or velocity (B, 3, ...) on the network's own grid, in its voxels."""
-        with self._half(source):
+        with autocast(source, self.amp):
             return self.registration(torch.cat([source, target], dim=1)).float()
 
     def velocities(self, motion: Tensor, gammas: Sequence[float]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scripts.losses import SpectralLoss
 from scripts.networks.slice_network import SliceNetwork
+from scripts.precision import autocast
 from scripts.transforms import has_foreground
 
 __all__ = ["HealthyModel", "QuantisedModel", "local_texture"]
@@ -259,13 +260,13 @@ class QuantisedModel(HealthyModel):
 
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to latents (B, embedding_dim, h, w), before quantisation."""
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(image, self.amp):
             return self.autoencoder.encode(image).float()
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, embedding_dim, h, w), quantised here, to slices (B, C, H, W)."""
         quantised, _ = self.autoencoder.quantize(latent)
-        with torch.autocast(latent.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(latent, self.amp):
             return self.autoencoder.decode(quantised).float()
 
     def _places(self, pixels: Tensor) -> Tensor:
@@ -292,7 +293,7 @@ class QuantisedModel(HealthyModel):
         if self.training:
             self._revive_entries(latent.detach(), generator)
         quantised, commitment = self.autoencoder.quantize(latent)
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(image, self.amp):
             restored = self.autoencoder.decode(quantised).float()
         return {
             "reconstruction": (restored - image).abs().mean(),

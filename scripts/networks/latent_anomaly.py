@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
 from scripts.networks.healthy_model import QuantisedModel
+from scripts.precision import autocast
 from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_image, posterior
 
 __all__ = ["LatentAnomalyNet"]
@@ -149,7 +150,7 @@ class LatentAnomalyNet(QuantisedModel):
     def noise(self, x: Tensor, t: Tensor | int) -> Tensor:
         """The U-Net's estimate of the noise in latents x, (B, embedding_dim, h, w), at level t (one, or one for each)."""
         step = torch.as_tensor(t, device=x.device).sub(1).expand(len(x))  # the network counts from 0
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(x, self.amp):
             return self.unet(x, step).float()
 
     def divergence(self, latent: Tensor, levels: Sequence[int], weight: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from scripts.precision import Amp, check_amp
 from scripts.transforms import has_foreground
 
 __all__ = ["SliceNetwork"]
@@ -23,7 +24,7 @@ class SliceNetwork(nn.Module):
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
         foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
         seed: seed of all noise; every slice gets the same noise, so that batches do not matter.
-        amp: bfloat16 arithmetic in the networks.
+        amp: bfloat16 in the networks, see :func:`scripts.precision.autocast`.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class SliceNetwork(nn.Module):
         min_foreground: float,
         foreground_level: float,
         seed: int = 0,
-        amp: bool = False,
+        amp: Amp = False,
     ) -> None:
         super().__init__()
         self.in_channels, self.spatial_size = in_channels, tuple(spatial_size)
         self.min_foreground, self.foreground_level = min_foreground, foreground_level
-        self.seed, self.amp = seed, amp
+        self.seed, self.amp = seed, check_amp(amp)
 
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whole method on slices with foreground.

@@ -22,6 +22,7 @@ from torch.nn import functional
 from scripts.losses import binary_entropy, discretised_gaussian, gaussian_kl, gradient_difference
 from scripts.networks.med_vdm import DenseCodec, DenseScore
 from scripts.networks.noise_schedules import SCHEDULES, with_slope
+from scripts.precision import Amp, autocast, check_amp
 from scripts.samplers import SOLVERS, STOCHASTIC, antithetic_times, for_batch, noise_to_gamma
 
 __all__ = ["VariationalDiffusionNet", "lattice_noise"]
@@ -70,7 +71,7 @@ class VariationalDiffusionNet(nn.Module):
         num_steps: steps from time 1 to time 0, each one network call, of ``heun`` two.
         seed: seed of the noise of stochastic steps, which depends on it and on the noise that an image begins with, and
             not on the batch.
-        amp: bfloat16 arithmetic in the U-Net.
+        amp: bfloat16 in the U-Net, see :func:`scripts.precision.autocast`.
         num_classes: number of classes of images, of which one may then be asked for; None for images without class.
 
     Raises:
@@ -99,7 +100,7 @@ class VariationalDiffusionNet(nn.Module):
         sampler: str = "dpmpp_2m_sde",
         num_steps: int = 50,
         seed: int = 0,
-        amp: bool = False,
+        amp: Amp = False,
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
@@ -138,6 +139,11 @@ class VariationalDiffusionNet(nn.Module):
         else:
             self.codec = DenseCodec(spatial_size, latent_size, hidden_size, num_blocks, gamma_range, num_classes)
             self.score = DenseScore(latent_size, score_size, score_blocks, gamma_range, num_classes)
+
+    @property
+    def amp(self) -> Amp:
+        """As the score network has it; the dense one of ``medvdm`` computes in 32 bits."""
+        return getattr(self.score, "amp", False)
 
     @property
     def published(self) -> dict[str, object]:
@@ -386,10 +392,10 @@ class ConvolutionalScore(nn.Module):
         gamma_range: Sequence[float],
         detail: str,
         num_classes: int | None,
-        amp: bool,
+        amp: Amp,
     ) -> None:
         super().__init__()
-        self.gamma_range, self.detail, self.amp = tuple(gamma_range), detail, amp
+        self.gamma_range, self.detail, self.amp = tuple(gamma_range), detail, check_amp(amp)
         self.num_blocks = math.prod(spatial_size) // 4
         signs = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
         self.register_buffer("patterns", signs.T / 2, persistent=False)  # orthonormal
@@ -425,7 +431,7 @@ class ConvolutionalScore(nn.Module):
         if self.detail == "fourier":
             features += [wave(2**n * torch.pi * z) for n in (7, 8) for wave in (torch.sin, torch.cos)]
         blocks = functional.pixel_unshuffle(torch.cat(features, dim=1), 2)
-        with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(z, self.amp):
             v = self.unet(blocks, 1000 * (gamma - low) / (high - low), class_labels=label)
         signal, noise = (torch.sigmoid(g).sqrt().view(-1, 1, 1, 1) for g in (-gamma, gamma))
         estimate = noise * z + functional.pixel_shuffle(signal * v.float() + self._noise_of_patterns(z, gamma), 2)
