@@ -6,10 +6,9 @@ bundle names its own function in ``evaluate.json``, see :func:`benchmark`.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -22,8 +21,11 @@ from torch import Tensor, nn
 
 from scripts.datasets import find_cases
 from scripts.figures import guidance_table_figure
+from scripts.inferers import run_in_batches
 from scripts.metrics import BinnedScores, dice
 from scripts.networks.healthy_model import HealthyModel
+from scripts.precision import has_bfloat16
+from scripts.speed import Trial, compare
 from scripts.sprites import healthy_images, paint_sprites
 from scripts.transforms import ExtractSlicesd, MapToMask
 
@@ -139,18 +141,14 @@ def grey_level_baseline(bundle: Path, dataset_dir: str, channel: int) -> float:
     return float(result)
 
 
-def _evaluate(network: nn.Module, images: Tensor, masks: Tensor, batch_size: int) -> dict[str, float]:
-    """Seconds a slice, and how well the maps of the slices fit the masks."""
-    device = next(network.parameters()).device
-    begun = time.perf_counter()
-    maps = torch.cat([network(batch.to(device)).cpu()[:, :1] for batch in images.split(batch_size)])
-    seconds = (time.perf_counter() - begun) / len(images)
-    scores = BinnedScores(value_range=(0.0, float(images.shape[1])))
+def _quality(outputs: Tensor, masks: Tensor) -> dict[str, float]:
+    """How well the anomaly maps, the first channel of outputs (N, C + 2, H, W), fit the masks (N, 1, H, W)."""
+    maps = outputs[:, :1]
+    scores = BinnedScores(value_range=(0.0, float(outputs.shape[1] - 2)))
     scores.add(maps, masks)
     lesion = masks.flatten(1).any(dim=1)
     otsu = [dice(MapToMask()(anomaly), mask) for anomaly, mask in zip(maps[lesion], masks[lesion], strict=True)]
     return {
-        "seconds": seconds,
         "dice": float(np.mean(otsu)),
         "best_dice": scores.best_dice()[0],
         "auroc": scores.auroc(),
@@ -165,8 +163,11 @@ def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
     is up to the function that ``benchmark`` in the bundle's ``evaluate.json`` names; without it to
     :func:`anomaly_benchmark`, whose arguments it has.
     """
-    default = build_network(bundle)
-    networks = {"default": default, "published": build_network(bundle, **default.published)}
+    default = build_network(bundle, amp=False)
+    device = next(default.parameters()).device
+    networks = {"published": build_network(bundle, amp=False, **default.published), "default": default}
+    if has_bfloat16(device.type):
+        networks["default, bfloat16"] = build_network(bundle, amp=True)
     settings = ", ".join(f"{key} {value}" for key, value in default.published.items())
     logger.info(f"{bundle.name} on {dataset_dir} ({section}); published: {settings}")
     own = ConfigParser.load_config_file(bundle / "configs" / "evaluate.json").get("benchmark")
@@ -175,39 +176,35 @@ def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
 
 def anomaly_benchmark(
     bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: str, number: int, section: str
-) -> dict[str, dict[str, float]]:
-    """Speed and accuracy on slices, of which the published procedure gets one at a time.
+) -> list[dict]:
+    """Work, speed and accuracy on slices, see :func:`scripts.speed.compare`.
 
     Everything but the procedure, such as the weights of the sequences in the map, is alike in both, so that the samplers
     are compared; a model of healthy slices is calibrated anew for the published procedure, on validation slices.
 
     Args:
         bundle: folder of an anomaly bundle.
-        networks: ``default`` and ``published``.
+        networks: see :func:`scripts.speed.compare`.
         dataset_dir: folder of the cases.
         number: number of slices, half of them with a lesion.
         section: section of the cases.
     """
     images, masks = drawn_slices(bundle, dataset_dir, number, section)
-    default, published = networks["default"], networks["published"]
+    published = networks["published"]
     if isinstance(published, HealthyModel):
         healthy = healthy_slices(bundle, dataset_dir, "validation")
-        published.calibrate([{"image": batch} for batch in healthy.split(50)])
-    default(images[:1].to(next(default.parameters()).device))  # the first call pays for set-up
-    rows = {
-        "default": _evaluate(default, images, masks, _configuration(bundle, "inference")["batch_size"]),
-        "published": _evaluate(published, images, masks, batch_size=1),
-    }
-    threads, device = torch.get_num_threads(), next(default.parameters()).device.type
-    logger.info(f"{len(images)} slices, half with a lesion; {threads} threads on {device}")
-    logger.info(f"{'':<12}{'s/slice':>10}{'slices/min':>12}{'Dice Otsu':>12}{'best Dice':>12}{'AUROC':>10}{'healthy':>10}")
-    for name, row in rows.items():
-        logger.info(
-            f"{name:<12}{row['seconds']:>10.3f}{60 / row['seconds']:>12.1f}{row['dice']:>12.3f}{row['best_dice']:>12.3f}"
-            f"{row['auroc']:>10.3f}{row['healthy_ratio']:>10.3f}"
-        )
-    logger.info(f"{rows['published']['seconds'] / rows['default']['seconds']:.1f} times faster")
-    return rows
+        settings = {name: value for name, value in published.published.items() if name != "max_batch"}  # which takes long
+        calibrated = build_network(bundle, amp=False, **settings)
+        calibrated.calibrate([{"image": batch} for batch in healthy.split(50)])
+        published.load_state_dict(calibrated.state_dict())
+    trial = Trial(
+        images.split(1),
+        "slice",
+        _configuration(bundle, "inference")["batch_size"],
+        judge=lambda outputs: _quality(torch.cat(outputs), masks),
+        columns={"dice": "Dice (Otsu)", "best_dice": "largest Dice", "auroc": "AUROC", "healthy_ratio": "healthy / lesion"},
+    )
+    return compare(networks, trial, next(published.parameters()).device)
 
 
 class DenseCorrelation(nn.Module):
@@ -230,59 +227,58 @@ class DenseCorrelation(nn.Module):
         return -((pt - p * t / number) ** 2 / (spread[0] * spread[1])).mean()
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Mean time of a call, after one that pays for set-up."""
-    call()
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begun) / repeats
-
-
 def cine_benchmark(
     bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: str, number: int, section: str
-) -> dict[str, float]:
-    """Speed of inference, and of a training step against one with a dense window of the correlation.
+) -> list[dict]:
+    """Work and speed of inference, see :func:`scripts.speed.compare`, and of a training step by the window.
+
+    ``without refinement`` does what the published procedure does; ``difference`` is the largest one of a frame from the
+    published one's, the source's range being 2.
 
     Args:
         bundle: folder of a bundle of cines.
-        networks: ``default`` and ``published``.
+        networks: see :func:`scripts.speed.compare`.
         dataset_dir: folder of the cines.
         number: number of cines.
         section: section of the cines.
-
-    Returns:
-        seconds a cine: ``published``, ``default``, ``unrefined``, the default without its refinement, and ``exact``,
-        which is that in 32 bits; ``default_error`` and so on, the largest difference of a frame from the published one, the
-        source's range being 2; seconds a training step: ``dense`` and ``step``.
     """
     parser = _configuration(bundle, "train")
     parser["dataset_dir"], parser["training_section"] = str(dataset_dir), section
     dataset = parser.get_parsed_content("train#dataset")
     cines = [dataset[(i, i)]["image"][None] for i in range(min(number, len(dataset)))]
-    exact, unrefined = (copy.deepcopy(networks["default"]) for _ in range(2))
-    exact.amp, exact.refinement_steps, unrefined.refinement_steps = False, 0, 0
-    networks = {**networks, "exact": exact, "unrefined": unrefined}
-    frames = {name: [network(cine[:, [0, -1]]) for cine in cines] for name, network in networks.items()}
-    rows = {}
-    for name, network in networks.items():
-        rows[name] = _seconds(lambda run=network: [run(cine[:, [0, -1]]) for cine in cines], 1) / len(cines)
-        pairs = zip(frames[name], frames["published"], strict=True)
-        rows[f"{name}_error"] = max((made - true).abs().max().item() for made, true in pairs)
-    trained = parser.get_parsed_content("network_def").train()
-    for name, similarity in (("step", trained.similarity), ("dense", DenseCorrelation())):
+    device = next(networks["published"].parameters()).device
+    published = [networks["published"](cine[:, [0, -1]].to(device)).cpu() for cine in cines]
+
+    def difference(frames: list[Tensor]) -> dict[str, float]:
+        return {"difference": max((made - true).abs().max().item() for made, true in zip(frames, published, strict=True))}
+
+    trial = Trial(
+        [cine[:, [0, -1]] for cine in cines],
+        "cine",
+        judge=difference,
+        columns={"difference": ("largest difference", ".1e")},
+        others={"without refinement": build_network(bundle, amp=False, refinement_steps=0)},
+    )
+    rows = compare(networks, trial, device)
+    trained, cine = parser.get_parsed_content("network_def").to(device).train(), cines[0].to(device)
+    seconds = []
+    for similarity in (trained.similarity, DenseCorrelation().to(device)):
         trained.similarity = similarity
-        rows[name] = _seconds(lambda: sum(trained.losses(cines[0], None, torch.Generator()).values()).backward(), 3)
-    shape = " x ".join(map(str, cines[0].shape[2:]))
-    logger.info(f"{len(cines)} cines of {shape}, {len(exact.gammas)} frames; {torch.get_num_threads()} threads")
-    for name in ("published", "exact", "unrefined", "default"):
-        logger.info(
-            f"{name:<12}{rows[name]:>8.3f} s a cine{rows['published'] / rows[name]:>8.2f} times faster, "
-            f"largest difference {rows[f'{name}_error']:.1e}"
-        )
-    ratio = rows["dense"] / rows["step"]
-    logger.info(f"training step {rows['step']:.3f} s, with a dense window {rows['dense']:.3f} s ({ratio:.2f} times)")
+        seconds.append(_seconds_of_training_step(trained, cine))
+    logger.info(f"training step {seconds[0]:.3f} s, with a dense window {seconds[1] / seconds[0]:.2f} times as long")
     return rows
+
+
+def _seconds_of_training_step(network: nn.Module, cine: Tensor, repeats: int = 3) -> float:
+    """The shortest of several, after one that pays for set-up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        loss = sum(network.losses(cine, None, torch.Generator(cine.device)).values())
+        loss.backward()
+        loss.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
 
 
 def tune(
@@ -305,7 +301,8 @@ def tune(
     for noise_level in noise_levels:
         for gradient_scale in gradient_scales:
             network = build_network(bundle, **settings, noise_level=noise_level, gradient_scale=float(gradient_scale))
-            row = _evaluate(network, images, masks, batch_size=8)
+            outputs, seconds = run_in_batches(network, images, batch_size=8)
+            row = {**_quality(outputs, masks), "seconds": seconds}
             rows.append({"noise_level": noise_level, "gradient_scale": gradient_scale, **row})
             logger.info(
                 f"| {noise_level} | {gradient_scale:g} | {row['dice']:.3f} | {row['best_dice']:.3f} | {row['auroc']:.3f} "

@@ -22,6 +22,7 @@ from scripts.figures import contact_sheet
 from scripts.files import written_aside
 from scripts.inferers import run_in_batches
 from scripts.networks.orientation import OrientationNet
+from scripts.speed import Trial, compare
 from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.transforms import seeded_noise
 
@@ -58,7 +59,7 @@ COLUMNS = {
     "memorised": ("memorised", ".1%"),
     "seconds": "s an image",
 }
-COUNTED = {key: COLUMNS[key] for key in ("mmd", "mmd_mean", "frechet", "ms_ssim", "seconds")}
+LOOK = {key: COLUMNS[key] for key in ("mmd", "mmd_mean", "frechet", "ms_ssim")}  # of :func:`image_scores`
 
 
 def real_images(
@@ -346,12 +347,12 @@ def _draw(path: Path, images: Tensor, heading: str, **settings: object) -> None:
 def benchmark_sampling(
     bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: PathLike, number: int, section: str
 ) -> list[dict]:
-    """Print a table of the published sampling and of the bundle's default, from the same noise with the same weights.
+    """Work, speed and quality of sampling, from the same noise with the same weights, see :func:`scripts.speed.compare`.
 
     Args:
         bundle: folder of a bundle whose ``evaluate.json`` has ``training``, ``validation``, ``features`` and
             ``batch_size``.
-        networks: ``default`` and ``published``.
+        networks: see :func:`scripts.speed.compare`.
         dataset_dir: folder of real images.
         number: images of each; a Fréchet distance needs more of them than there are features.
         section: section of the real images that they are compared with.
@@ -360,14 +361,11 @@ def benchmark_sampling(
     parser.read_config([bundle / "configs" / f"{name}.json" for name in ("inference", "evaluate")])
     parser["bundle_root"], parser["dataset_dir"], parser["validation#section"] = str(bundle), str(dataset_dir), section
     real, features, batch_size = (parser.get_parsed_content(name) for name in ("validation", "features", "batch_size"))
-    draw_samples(networks["default"], 1, real.shape[1:])  # the first call pays for set-up
-    rows = []
-    for name, network in networks.items():
-        samples, seconds = draw_samples(network, number, real.shape[1:], 0, batch_size)
-        rows.append({"method": name, "seed": 0, **image_scores(samples, real, features), "seconds": seconds})
-    threads, device = torch.get_num_threads(), next(networks["default"].parameters()).device.type
-    logger.info(f"{number} images, batches of {min(batch_size, number)}, {threads} thread(s) on {device}")
-    logger.info(markdown_table(mean_and_std(rows), COUNTED))
-    default, published = (row["seconds"] for row in rows)
-    logger.info(f"{published / default:.1f} times faster")
-    return rows
+    trial = Trial(
+        [seeded_noise(seed, real.shape[1:])[None] for seed in range(number)],
+        "image",
+        min(batch_size, number),
+        judge=lambda images: image_scores(_eight_bit(torch.cat(images)), real, features),
+        columns=LOOK,
+    )
+    return compare(networks, trial, next(networks["default"].parameters()).device)

@@ -134,13 +134,17 @@ def test_slices_of_a_bundle_without_labels_are_half_painted_and_half_healthy(pic
     assert torch.equal(again[0], images) and torch.equal(again[1], masks)
 
 
-def test_a_model_of_healthy_slices_is_calibrated_anew_for_the_published_procedure(picture_bundle):
+def test_a_model_of_healthy_slices_is_calibrated_anew_for_the_published_procedure(picture_bundle, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Unlike, "published", {"healings": 1, "max_batch": 1}, raising=False)
+    monkeypatch.setattr(benchmark, "build_network", lambda bundle, **settings: asked.append(settings) or Unlike().eval())
     networks = {"default": Unlike().eval(), "published": Unlike().eval()}
     benchmark.anomaly_benchmark(picture_bundle.path, networks, picture_bundle.data, 4, "all")
     validation = benchmark.healthy_slices(picture_bundle.path, picture_bundle.data, "validation")
     expected = nn.functional.avg_pool2d(validation, 4).max().item()
     assert networks["published"].healthy_places[-1].item() == pytest.approx(expected)
     assert not networks["default"].healthy_places.any()
+    assert asked == [{"amp": False, "healings": 1}]  # in large batches, as they change nothing
 
 
 def test_slices_of_a_bundle_with_labels_are_half_diseased_and_half_healthy(bundle, tmp_path):
@@ -150,15 +154,20 @@ def test_slices_of_a_bundle_with_labels_are_half_diseased_and_half_healthy(bundl
     assert masks.flatten(1).any(dim=1).tolist() == [True, True, False, False]
 
 
-def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_default(picture_bundle, built, caplog):
-    with caplog.at_level(logging.INFO, logger="scripts.benchmark"):
+@pytest.mark.parametrize("native", [False, True])
+def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_default(
+    picture_bundle, built, caplog, monkeypatch, native
+):
+    monkeypatch.setattr(benchmark, "has_bfloat16", lambda device_type: native)
+    with caplog.at_level(logging.INFO):
         rows = benchmark.benchmark(picture_bundle.path, picture_bundle.data, 12, "all")
-    (default_settings, default), (published_settings, published) = built
-    assert default_settings == {} and published_settings == {"num_steps": 7}
-    assert default.sizes == [1, 8, 4] and published.sizes == [1] * 12
-    assert list(rows) == ["default", "published"] and rows["default"]["best_dice"] == rows["published"]["best_dice"]
-    assert rows["default"]["best_dice"] > 0.5
-    assert all(text in caplog.text for text in ("published: num_steps 7", "slices/min", "times faster"))
+    settings = [{"amp": False}, {"amp": False, "num_steps": 7}, {"amp": True}]
+    assert [asked for asked, _ in built] == settings[: 3 if native else 2]
+    methods = ["published", "default", "default, batches of 8", "default, bfloat16"]
+    assert [row["method"] for row in rows] == methods[: 4 if native else 3]
+    assert built[1][1].sizes[:12] == [1] * 12
+    assert len({row["best_dice"] for row in rows}) == 1 and rows[0]["best_dice"] > 0.5
+    assert all(text in caplog.text for text in ("published: num_steps 7", "12 slice(s)", "Dice (Otsu)"))
 
 
 def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(picture_bundle, built, monkeypatch):
@@ -169,21 +178,16 @@ def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(picture_
     assert benchmark.benchmark(picture_bundle.path, "data", 12, "test") == "rows"
     ((bundle, networks, *rest),) = asked
     assert bundle == picture_bundle.path and rest == ["data", 12, "test"]
-    assert [(settings, networks[name]) for (settings, _), name in zip(built, networks, strict=True)] == [
-        ({}, built[0][1]),
-        ({"num_steps": 7}, built[1][1]),
-    ]
+    assert networks["default"] is built[0][1] and networks["published"] is built[1][1]
 
 
 def test_the_published_procedure_of_guided_ddim_takes_every_level_by_single_steps():
-    network = DDIMAnomalyNet(
-        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0, amp=True
-    )
+    network = DDIMAnomalyNet(1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0)
     published = DDIMAnomalyNet(
         1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, **network.published
     )
     assert published._levels() == list(range(21))
-    assert (published.solver, published.guidance_steps, published.smoothing, published.amp) == ("ddim", 0, 0.0, False)
+    assert (published.solver, published.guidance_steps, published.smoothing) == ("ddim", 0, 0.0)
 
 
 def test_a_dense_window_gives_the_correlation_that_monai_gives():

@@ -174,7 +174,6 @@ class DDIMAnomalyNet(SliceNetwork):
             "solver": "ddim",
             "mode": "ddim",
             "smoothing": 0.0,
-            "amp": False,
         }
 
     def _run(self, network: nn.Module, x: Tensor, t: Tensor | int) -> Tensor:

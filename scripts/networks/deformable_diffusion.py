@@ -334,8 +334,8 @@ class DeformableDiffusionNet(CineNet):
 
     @property
     def published(self) -> dict[str, object]:
-        """Settings of the paper's inference: each frame by itself, through the deformation module as it is, in 32 bits."""
-        return {"lean": False, "max_batch": 1, "amp": False, "refinement_steps": 0}
+        """Settings of the paper's inference: each frame by itself, through the deformation module as it is."""
+        return {"lean": False, "max_batch": 1, "refinement_steps": 0}
 
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t, t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""

@@ -114,7 +114,7 @@ class LatentAnomalyNet(QuantisedModel):
         found = {name: copy.copy(self) for name in names}
         for name, network in found.items():
             if name == "published":
-                settings = {**self.published, "max_batch": self.max_batch, "amp": self.amp}  # these change the speed alone
+                settings = {**self.published, "max_batch": self.max_batch}  # which changes the speed alone
                 network.choose(settings.pop("variant"))
                 for setting, value in settings.items():
                     setattr(network, setting, value)
@@ -136,7 +136,6 @@ class LatentAnomalyNet(QuantisedModel):
             "healings": 1,
             "percentile": 97.5,
             "max_batch": 1,
-            "amp": False,
         }
 
     def encode(self, image: Tensor) -> Tensor:
