@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 Objective = Callable[[Tensor, Tensor, torch.Generator], dict[str, Tensor]]
 
 
-def _generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """Source of random numbers that depends on the given numbers alone."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+def _generator(*numbers: int) -> torch.Generator:
+    """Source of random numbers, on the CPU (:func:`scripts.samplers.for_batch`), that depends on the given numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def ema_of(network: nn.Module, decay: float = 0.9995) -> AveragedModel:
     """Exponential moving average of a network's weights; after n updates the decay is at most (1 + n) / (10 + n)."""
 
-    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
+    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
         n = float(num_averaged)
-        return torch.lerp(averaged, current.to(averaged.dtype), 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(network, avg_fn=average)
+    return AveragedModel(network, multi_avg_fn=average)  # all at once: a GPU would have to be waited for at each tensor
 
 
 class _Losses(nn.Module):
@@ -106,7 +106,7 @@ class DiffusionTrainer(SupervisedTrainer):
     def _iteration(self, engine: DiffusionTrainer, batchdata: dict) -> dict[str, float]:
         device, iteration = engine.state.device, engine.state.iteration
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
-        generator = _generator(device, engine.seed, iteration)
+        generator = _generator(engine.seed, iteration)
 
         engine.network.train()
         losses = engine.objective(image, class_label, generator)
@@ -149,7 +149,7 @@ class DiffusionValidator(Evaluator):
     def _iteration(self, engine: DiffusionValidator, batchdata: dict) -> dict:
         device = engine.state.device
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
-        generator = _generator(device, engine.seed, engine.state.iteration)
+        generator = _generator(engine.seed, engine.state.iteration)
         with engine.mode(engine.network):
             losses = {k: v.item() for k, v in engine.objective(image, class_label, generator).items()}
             if not hasattr(engine.network, "probability"):

@@ -386,7 +386,7 @@ class DeformableDiffusionNet(CineNet):
             their weights.
         """
         source, target = image[:, :1], image[:, -1:]
-        clean = for_batch(torch.rand, (len(image),), generator) < self.clean_share
+        clean = for_batch(torch.rand, (len(image),), generator, image.device) < self.clean_share
         noised, t, noise = draw_noised(target, self.alphas_cumprod, generator)
         noised = torch.where(clean.view(-1, 1, 1, 1, 1), target, noised)
         code = self.noise(source, target, noised, t.masked_fill(clean, 0))

@@ -158,7 +158,7 @@ class HealthyModel(SliceNetwork):
         difference = (image - healed).abs()
         ill = to_heal.flatten(1).any(dim=1)  # healing leaves the others as they are
         if ill.any():
-            generator, shared_of_ill = self._generator(image, 1), {name: value[ill] for name, value in shared.items()}
+            generator, shared_of_ill = self._generator(1), {name: value[ill] for name, value in shared.items()}
             draws = [self.heal(image[ill], to_heal[ill], generator, **shared_of_ill) for _ in range(self.healings)]
             healed[ill] = draws[0]
             difference[ill] = sum((image[ill] - draw).abs() for draw in draws) / len(draws)
@@ -313,6 +313,6 @@ class QuantisedModel(HealthyModel):
                 dist.all_gather(shares, latent.contiguous())
                 latent = torch.stack(shares, dim=1).flatten(0, 1)
             places = latent.movedim(1, -1).flatten(0, -2)
-            chosen = torch.randint(len(places), (len(unused),), generator=generator, device=latent.device)
-            quantiser.embedding.weight.data[unused] = quantiser.ema_w[unused] = places[chosen]
+            chosen = torch.randint(len(places), (len(unused),), generator=generator, device=generator.device)
+            quantiser.embedding.weight.data[unused] = quantiser.ema_w[unused] = places[chosen.to(places.device)]
             quantiser.ema_cluster_size[unused] = 1.0
