@@ -114,7 +114,8 @@ class DiffusionTrainer(SupervisedTrainer):
         engine.optimizer.zero_grad()
         loss.backward()
         norms = [nn.utils.clip_grad_norm_(list(part.parameters()), engine.max_norm) for part in engine.network.children()]
-        if not torch.stack([loss.detach(), *norms]).isfinite().all():
+        # of a part without any gradient it is a 0 on the CPU
+        if not torch.stack([loss.detach(), *(norm.to(loss.device) for norm in norms)]).isfinite().all():
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
             raise FloatingPointError(
                 f"the loss or its gradient is no longer finite at iteration {iteration} ({values}): "

@@ -105,7 +105,7 @@ class HealthyModel(SliceNetwork):
 
     def load_weights(self, path: str | Path) -> HealthyModel:
         """Load ``model.pt``, every name of which must be this network's, and return the network, for inference."""
-        self.load_state_dict(torch.load(path, map_location=self.healthy_places.device, weights_only=True))
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return self.eval()
 
     def unlikeness(self, image: Tensor) -> Tensor:
