@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti, save_patient
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
 from scripts.datasets import section_of
@@ -78,7 +78,7 @@ TRAININGS = {
     "cardiac": (
         CARDIAC,
         (),
-        {**CINE, "network_def#channels": [4, 4, 8], "network_def#deformation_out": 8, "clean_share": 0.2},
+        {**CINE, "network_def#channels": [4, 4, 8], "network_def#deformation_out": 8, "clean_share": 0.0},
     ),
     "cardiac, VoxelMorph": (CARDIAC, ("train_voxelmorph",), {**CINE, "network_def#out_channels": 8}),
 }
@@ -142,8 +142,8 @@ def infer(name: str, data: Path, output: Path, device: str, **changes: object) -
     return {path.name: nib.load(path).get_fdata() for path in sorted(output.rglob("*.nii.gz"))}
 
 
-def train(name: str, data: Path, output: Path, device: str, iterations: int = 1, **changes: object) -> ConfigWorkflow:
-    """One of :data:`TRAININGS`, one iteration an epoch, with validation; the whole run."""
+def training(name: str, data: Path, output: Path, iterations: int = 1) -> tuple[Path, tuple[str, ...], dict]:
+    """Bundle, configurations and settings of one of :data:`TRAININGS`, one iteration an epoch, validated at its end."""
     bundle, names, settings = TRAININGS[name]
     settings = settings | {
         "dataset_dir": str(data / f"{bundle.name}_training"),
@@ -156,4 +156,10 @@ def train(name: str, data: Path, output: Path, device: str, iterations: int = 1,
         "warmup_steps": 0,  # else the first step changes nothing
         **({"initial_weights": str(data / "vqvae" / "model.pt")} if bundle is HEAD_CT else {}),
     }
-    return run_workflow(bundle, ("train", *names), device, settings | changes)
+    return bundle, ("train", *names), settings
+
+
+def train(name: str, data: Path, output: Path, device: str, iterations: int = 1, **changes: object) -> ConfigParser:
+    """Run one of :data:`TRAININGS`; the configuration with all its parts, as they are at the end."""
+    bundle, names, settings = training(name, data, output, iterations)
+    return run_workflow(bundle, names, device, settings | changes).parser

@@ -85,14 +85,14 @@ def test_inference_runs_on_a_gpu(data, tmp_path, gpu, name):
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_training_runs_on_a_gpu(data, tmp_path, gpu, name):
-    parser = train(name, data, tmp_path, "cuda").parser
+    parser = train(name, data, tmp_path, "cuda")
     places = {p.device.type for p in parser.get_parsed_content("network").parameters()}
     assert places == {"cuda"} and (tmp_path / "model.pt").is_file()
 
 
 def test_training_goes_on_on_a_gpu(data, tmp_path, gpu):
     train("brain", data, tmp_path, "cuda")
-    parser = train("brain", data, tmp_path, "cuda", iterations=2).parser
+    parser = train("brain", data, tmp_path, "cuda", iterations=2)
     state = parser.get_parsed_content("optimizer").state_dict()["state"][0]
     assert parser.get_parsed_content("train#trainer").state.iteration == 2
     # a count on the GPU would have to be waited for
