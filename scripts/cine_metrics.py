@@ -171,7 +171,7 @@ class CineMetrics(CohortMetrics):
         empty = dict.fromkeys(STRUCTURES, math.nan)
         target = case.get("target_label")
         has_both = target is not None and case.get("label") is not None
-        before = structure_dice(case["label"][0], target[0]) if has_both else empty
+        before = structure_dice(case["label"][0].cpu(), target[0]) if has_both else empty
         after = structure_dice(case["labels"][-1].cpu(), target[0]) if has_both else empty
         means = [_mean(dices.values()) for dices in (before, after)]
         return {

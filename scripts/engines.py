@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 Objective = Callable[[Tensor, Tensor, torch.Generator], dict[str, Tensor]]
 
 
-def _generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """Source of random numbers that depends on the given numbers alone."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+def _generator(*numbers: int) -> torch.Generator:
+    """Source of random numbers, on the CPU (:func:`scripts.samplers.for_batch`), that depends on the given numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def _tell_arithmetic(engine: Engine) -> None:
@@ -49,11 +49,11 @@ def _tell_arithmetic(engine: Engine) -> None:
 def ema_of(network: nn.Module, decay: float = 0.9995) -> AveragedModel:
     """Exponential moving average of a network's weights; after n updates the decay is at most (1 + n) / (10 + n)."""
 
-    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
+    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
         n = float(num_averaged)
-        return torch.lerp(averaged, current.to(averaged.dtype), 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(network, avg_fn=average)
+    return AveragedModel(network, multi_avg_fn=average)  # all at once: a GPU would have to be waited for at each tensor
 
 
 class _Losses(nn.Module):
@@ -116,7 +116,7 @@ class DiffusionTrainer(SupervisedTrainer):
     def _iteration(self, engine: DiffusionTrainer, batchdata: dict) -> dict[str, float]:
         device, iteration = engine.state.device, engine.state.iteration
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
-        generator = _generator(device, engine.seed, iteration)
+        generator = _generator(engine.seed, iteration)
 
         engine.network.train()
         losses = engine.objective(image, class_label, generator)
@@ -124,7 +124,8 @@ class DiffusionTrainer(SupervisedTrainer):
         engine.optimizer.zero_grad()
         loss.backward()
         norms = [nn.utils.clip_grad_norm_(list(part.parameters()), engine.max_norm) for part in engine.network.children()]
-        if not torch.stack([loss.detach(), *norms]).isfinite().all():
+        # of a part without any gradient it is a 0 on the CPU
+        if not torch.stack([loss.detach(), *(norm.to(loss.device) for norm in norms)]).isfinite().all():
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
             raise FloatingPointError(
                 f"the loss or its gradient is no longer finite at iteration {iteration} ({values}): "
@@ -159,7 +160,7 @@ class DiffusionValidator(Evaluator):
     def _iteration(self, engine: DiffusionValidator, batchdata: dict) -> dict:
         device = engine.state.device
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
-        generator = _generator(device, engine.seed, engine.state.iteration)
+        generator = _generator(engine.seed, engine.state.iteration)
         with engine.mode(engine.network):
             losses = {k: v.item() for k, v in engine.objective(image, class_label, generator).items()}
             if not hasattr(engine.network, "probability"):

@@ -126,7 +126,7 @@ def bound_terms(network: nn.Module, images: Tensor, seed: int = 0, batch_size: i
     """
     network.eval()
     device = next(network.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     sums: dict[str, float] = {}
     for batch in images.to(device).split(batch_size):
         terms = network.bound(batch, generator)

@@ -38,7 +38,7 @@ from scripts.dicom import write_segmentation
 from scripts.figures import cine_animation, cine_overview, contact_sheet, overview, schedule_figure
 from scripts.files import locked, sha256_of, written_aside
 from scripts.precision import arithmetic
-from scripts.transforms import PICTURE_AFFINE
+from scripts.transforms import PICTURE_AFFINE, seeded_noise
 
 __all__ = [
     "Calibration",
@@ -497,7 +497,8 @@ class TrainingCheckpoint:
         """
         if not self.path.is_file():
             return
-        state = torch.load(self.path, map_location=engine.state.device, weights_only=True)
+        # every state goes from the CPU to where it belongs; the optimizer's counts stay there
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
         if state["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
                 f"{self.path} was saved with {state['epoch_length']} iterations an epoch, this training has "
@@ -551,7 +552,7 @@ class Calibration:
 
 
 class ModelSaver:
-    """Write the averaged weights as the bundle's ``model.pt``: a plain state dict, tensors only, in half precision.
+    """Write the averaged weights as the bundle's ``model.pt``: a plain state dict, CPU tensors only, in half precision.
 
     Args:
         path: the file.
@@ -568,7 +569,7 @@ class ModelSaver:
         if idist.get_rank():
             return
         network: nn.Module = self.ema.module
-        state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+        state = {k: (v.half() if v.is_floating_point() else v).cpu() for k, v in network.state_dict().items()}
         with written_aside(self.path) as aside:
             torch.save(state, aside)
 
@@ -599,8 +600,7 @@ class SampleSheet:
         if idist.get_rank() or (epoch % self.interval and epoch != engine.state.max_epochs):
             return
         network, device = self.ema.module, engine.state.device
-        generator = torch.Generator(device).manual_seed(self.seed)
-        noise = torch.randn(self.number, 1, *network.spatial_size, generator=generator, device=device)
+        noise = seeded_noise(self.seed, (self.number, 1, *network.spatial_size)).to(device)
         times = torch.linspace(0, 1, 101, device=device)
         with eval_mode(network):  # which turns gradients off too
             images, gammas = network(noise), network.schedule(times)

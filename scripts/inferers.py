@@ -14,6 +14,10 @@ from tqdm import tqdm
 __all__ = ["ConfiguredSliceInferer", "DisplacementInferer", "run_in_batches"]
 
 
+def _device_of(network: nn.Module) -> torch.device:
+    return next(chain(network.parameters(), network.buffers())).device  # a control has no parameters
+
+
 @torch.no_grad()
 def run_in_batches(network: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
     """A network in evaluation mode over more images than one batch holds.
@@ -27,21 +31,21 @@ def run_in_batches(network: nn.Module, images: Tensor, batch_size: int) -> tuple
         the outputs (N, ...), float32 on the CPU, and the seconds an image.
     """
     network.eval()  # in training mode a codebook would go on learning
-    device = next(chain(network.parameters(), network.buffers())).device  # a control has no parameters
+    device = _device_of(network)
     begun = time.perf_counter()
     batches = tqdm(images.split(batch_size), desc="images", leave=False, disable=None)
     output = torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
     return output, (time.perf_counter() - begun) / len(images)
 
 
-def _configured(network_def: nn.Module, network: nn.Module, inputs: Tensor) -> nn.Module:
+def _configured(network_def: nn.Module, network: nn.Module) -> nn.Module:
     """The network with the settings that the configuration has at this moment, and the weights of another.
 
     MONAI Label makes the network once, when it starts, and the inferer for every request. Without this the settings of a
     request (``displayable_configs``) would not reach the network.
     """
     if network is not network_def:
-        network_def.to(inputs.device).train(network.training)
+        network_def.to(_device_of(network)).train(network.training)
         network_def.load_state_dict(network.state_dict())
     return network_def
 
@@ -60,7 +64,7 @@ class ConfiguredSliceInferer(SliceInferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """Arguments and result as in MONAI."""
-        return super().__call__(inputs, _configured(self.network_def, network, inputs), *args, **kwargs)
+        return super().__call__(inputs, _configured(self.network_def, network), *args, **kwargs)
 
 
 class DisplacementInferer(Inferer):
@@ -102,7 +106,7 @@ class DisplacementInferer(Inferer):
         Returns:
             (1, 3 F, H, W, D), in voxels, the components x, y, z of one frame after the other.
         """
-        network = _configured(self.network_def, network, inputs)
+        network = _configured(self.network_def, network)
         network.gammas = self.gammas or self._evenly(inputs)
         return network.displace(inputs).flatten(1, 2).float()
 

@@ -128,7 +128,7 @@ def _weight_faults(bundle: Path, meta: dict) -> Iterator[str]:
         yield f"model.pt has {path.stat().st_size} bytes, more than {MAX_WEIGHTS}"
     if sha256_of(path) != meta["weights_sha256"]:
         yield f"model.pt has the SHA-256 {sha256_of(path)}, metadata.json says {meta['weights_sha256']}"
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     yield from (f"model.pt: {k} is no tensor" for k, value in state.items() if not isinstance(value, torch.Tensor))
     build_network(bundle)  # loads them strictly
 

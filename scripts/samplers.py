@@ -100,13 +100,19 @@ def noise_image(x0: Tensor, noise: Tensor, a: Tensor) -> Tensor:
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
-def for_batch(draw: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random numbers for a batch, which does not depend on how many processes share it.
+def for_batch(
+    draw: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator, device: torch.device | str
+) -> Tensor:
+    """Random numbers for a batch, which do not depend on how many processes share it.
+
+    They are drawn where the generator is. On the CPU a seed means the same numbers on every machine, which it doesn't on
+    GPUs: so all generators of the project are made there.
 
     Args:
         draw: ``torch.rand`` or ``torch.randn``.
         shape: of the numbers, beginning with this process's share of the batch.
         generator: in the same state in all processes.
+        device: where the numbers are wanted.
 
     Returns:
         what one process would draw for the whole batch; of several, each gets every ``world_size``-th row, beginning with
@@ -114,7 +120,7 @@ def for_batch(draw: Callable[..., Tensor], shape: Sequence[int], generator: torc
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shape = (world_size * shape[0], *shape[1:])
-    return draw(shape, generator=generator, device=generator.device)[rank::world_size]
+    return draw(shape, generator=generator, device=generator.device)[rank::world_size].to(device)
 
 
 def draw_noised(
@@ -132,9 +138,9 @@ def draw_noised(
         noised images (B, ...), their levels (B,) from 1 to T, and the noise (B, ...).
     """
     num_levels = len(alphas_cumprod) - 1
-    u = for_batch(torch.rand, (len(x0),), generator)
+    u = for_batch(torch.rand, (len(x0),), generator, x0.device)
     t = 1 + (num_levels * u**level_power).long().clamp(max=num_levels - 1)
-    noise = for_batch(torch.randn, x0.shape, generator)
+    noise = for_batch(torch.randn, x0.shape, generator, x0.device)
     a = alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
     return noise_image(x0, noise, a), t, noise
 

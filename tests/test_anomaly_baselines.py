@@ -301,7 +301,7 @@ def test_a_full_mask_leaves_seeded_draws_alone():
 def test_a_token_is_drawn_given_the_healed_ones_before_it():
     net, image, mask = transformer(), images(), left_half()
     original, healed = net.index_quantize(image).flatten(1), tokens_of(net, image, mask).flatten(1)
-    noise = -torch.empty(64, 16).exponential_(generator=net._generator(image, 1)).log()
+    noise = -torch.empty(64, 16).exponential_(generator=net._generator(1)).log()
     for i in range(64):
         drawn = (conditional(net, healed, i)[:, :16] + noise[i]).argmax(dim=1)
         assert torch.equal(healed[:, i], drawn if i % 8 < 4 else original[:, i])

@@ -126,6 +126,15 @@ class TestEveryNetwork:
         network.refinement_steps = 0
         assert torch.equal(network(image), plain) and torch.equal(network.displacement, found)
 
+    def test_gives_the_same_in_inference_mode_and_still_learns_after_it(self, make):
+        network, image = make(num_frames=3, window=5, squared_error=1.0, refinement_steps=3), pair()
+        with torch.inference_mode():
+            frames, found = network(image.clone()), network.displacement
+        assert torch.equal(network(image), frames) and torch.equal(network.displacement, found)
+        with torch.inference_mode():
+            network.displace(torch.rand(1, 2, 24, 16, 8))  # of another size, whose grid is kept
+        sum(network.losses(torch.rand(1, 2, 24, 16, 8), None, generator()).values()).backward()
+
     def test_goes_along_the_refined_way_as_far_as_along_its_own(self, make):
         network, image = make(num_frames=2), pair()
         motion = network.motion(image[:, :1], image[:, 1:])

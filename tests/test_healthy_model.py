@@ -90,14 +90,14 @@ def test_the_residual_is_the_mean_over_all_healings_and_the_healed_slice_is_the_
         """Grey, but what it heals gets a grey level that is drawn."""
 
         def heal(self, image, mask, generator=None):
-            grey = torch.rand(1, generator=self._generator(image, 1) if generator is None else generator)
+            grey = torch.rand(1, generator=self._generator(1) if generator is None else generator)
             return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), grey, image)
 
     image = images()
     one, three = (Drawn(1, SIZE, min_foreground=0.0, smoothing=0.0, healings=n).eval() for n in (1, 3))
     for net in (one, three):
         net.healthy_places.fill_(0.3)
-    greys = torch.rand(3, generator=one._generator(image, 1))
+    greys = torch.rand(3, generator=one._generator(1))
     assert greys.std() > 0.05
     torch.testing.assert_close(three(image)[:, 0, 12:20, 12:20], greys.mean().expand(2, 8, 8))
     torch.testing.assert_close(one(image)[:, 0, 12:20, 12:20], greys[0].expand(2, 8, 8))

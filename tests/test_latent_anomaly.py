@@ -138,7 +138,7 @@ def test_a_place_is_the_less_unlike_the_more_uneven_it_is():
 def test_the_map_is_the_mean_over_its_levels():
     net, z0 = network(), latents()
     net.noise = lambda x, t: torch.sin(x) * a(t)
-    noise = torch.randn(3, 4, 8, 8, generator=net._generator(z0, 0))
+    noise = torch.randn(3, 4, 8, 8, generator=net._generator(0))
     single = []
     for t, eps in zip([400, 500, 600], noise, strict=True):
         error = net.noise(noise_image(z0, eps, a(t)), torch.tensor([t])) - eps
@@ -210,7 +210,7 @@ def test_outside_the_mask_every_step_sees_the_original_noised_to_its_level(varia
     levels = [300, 200, 100] if variant == "d" else list(range(300, 0, -1))
     assert [step.tolist() for _, step in net.unet.calls] == [[t - 1] * 2 for t in levels]
     noise = [(x - a(t).sqrt() * z0)[..., 4:] / (1 - a(t)).sqrt() for t, (x, _) in zip(levels, net.unet.calls, strict=True)]
-    first = net._draw(z0, net._generator(z0, 1))[..., 4:]
+    first = net._draw(z0, net._generator(1))[..., 4:]
     torch.testing.assert_close(noise[0], first, atol=1e-4, rtol=1e-4)
     for one, other in pairwise(noise):
         if variant == "d":  # deterministic steps keep the noise
@@ -224,7 +224,7 @@ def test_outside_the_mask_every_step_sees_the_original_noised_to_its_level(varia
 def test_healing_everything_in_many_steps_is_the_exact_map_of_the_diffusion_ode(solver, s):
     net, z0 = identity_autoencoder(network(solver=solver, start_level=500, num_steps=500), latents()), latents()
     net.noise = ideal(s)
-    start = noise_image(z0, net._draw(z0, net._generator(z0, 1)), a(500))
+    start = noise_image(z0, net._draw(z0, net._generator(1)), a(500))
     expected = start * s / (a(500) * s**2 + 1 - a(500)).sqrt()
     healed = net.heal(images(), torch.ones_like(left_half()))
     assert (healed - expected).norm() / expected.norm() < (0.01 if solver == "ddim" else 1e-3)
@@ -235,7 +235,7 @@ def test_stochastic_healing_draws_latents_with_the_right_spread(s):
     z0 = latents(1, channels=64)
     net = identity_autoencoder(network(variant="c", start_level=500), z0)
     net.noise = ideal(s)
-    start = noise_image(z0, net._draw(z0, net._generator(z0, 1)), a(500))
+    start = noise_image(z0, net._draw(z0, net._generator(1)), a(500))
     healed = net.heal(images(1), torch.ones_like(left_half(1)))
     # each step draws from the posterior of N(0, s²), in which the start is forgotten but for its correlation
     correlation = a(500).sqrt() * s / (a(500) * s**2 + 1 - a(500)).sqrt()
@@ -458,7 +458,7 @@ def test_drawn_slices_are_grey_levels_and_differ_from_each_other():
 def test_drawing_is_the_exact_map_from_noise_alone():
     net = network()
     net.noise, net.decode = ideal(0.2), lambda latent: latent + 0.5
-    noise = torch.randn(3, 4, 8, 8, generator=net._generator(noise_image(latents(), latents(), a(1)), 0))
+    noise = torch.randn(3, 4, 8, 8, generator=net._generator(0))
     expected = noise * 0.2 / (a(1000) * 0.2**2 + 1 - a(1000)).sqrt() + 0.5
     torch.testing.assert_close(net.draw(3, num_steps=300), expected.clamp(0, 1), atol=2e-3, rtol=0)
     assert level_grid(1000, 300)[-1] == 1000

@@ -27,9 +27,9 @@ BUNDLES = (
 BRAIN, HEAD_CT, CHEST, CARDIAC = (ROOT / "bundles" / name for name in BUNDLES)
 
 
-def torchrun(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.Popen:
-    """``torchrun`` with two processes in the bundle's folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def torchrun(bundle: Path, config: str, *args: object, processes: int = 2, **kwargs: object) -> subprocess.Popen:
+    """``torchrun`` in the bundle's folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

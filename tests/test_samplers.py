@@ -478,12 +478,13 @@ def test_antithetic_times_are_evenly_spaced_on_the_circle_from_a_random_start(nu
 
 
 def test_processes_share_the_antithetic_times_of_the_whole_batch(monkeypatch):
-    whole = for_batch(antithetic_times, (6,), torch.Generator().manual_seed(0))
+    whole = for_batch(antithetic_times, (6,), torch.Generator().manual_seed(0), "cpu")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        assert torch.equal(for_batch(antithetic_times, (3,), torch.Generator().manual_seed(0)), whole[rank::2])
+        share = for_batch(antithetic_times, (3,), torch.Generator().manual_seed(0), "cpu")
+        assert torch.equal(share, whole[rank::2])
 
 
 def test_noising_to_gamma_is_noising_to_its_alphas_cumprod():

@@ -96,7 +96,7 @@ class DenseVAENet(HealthyModel):
             times its weight, divided by the number of pixels and channels.
         """
         mean, log_variance = self.encode(image)
-        noise = for_batch(torch.randn, mean.shape, generator)
+        noise = for_batch(torch.randn, mean.shape, generator, mean.device)
         restored = self.decode(mean + (log_variance / 2).exp() * noise)
         prior = torch.zeros_like(mean)  # its mean and its log variance
         divergence = gaussian_kl(mean, log_variance, prior, prior).sum() / image.numel()
@@ -193,9 +193,9 @@ class TransformerAnomalyNet(QuantisedModel):
         tokens = self.index_quantize(image).flatten(1)[:, order]
         mask = mask.flatten(1)[:, order]
         sequence = nn.functional.pad(tokens, (1, 0), value=self.num_embeddings)
-        generator = self._generator(image, 1) if generator is None else generator
+        generator = self._generator(1) if generator is None else generator
         # the largest of logits plus Gumbel noise is a draw from their distribution
-        noise = -torch.empty(mask.shape[1], self.num_embeddings, device=image.device).exponential_(generator=generator).log()
+        noise = -torch.empty(mask.shape[1], self.num_embeddings).exponential_(generator=generator).log().to(image.device)
         for i in mask.any(dim=0).nonzero()[:, 0].tolist():
             drawn = mask[:, i]
             with autocast(image, self.amp):

@@ -246,7 +246,7 @@ class DDIMAnomalyNet(SliceNetwork):
         """Slices (B, C, H, W) in [0, 1] to noised images at level ``noise_level``, without guidance."""
         x = 2 * image - 1
         if self.mode == "ddpm":
-            return noise_image(x, self._draw(x, self._generator(x)), self._alpha(self.noise_level))
+            return noise_image(x, self._draw(x, self._generator()), self._alpha(self.noise_level))
         return SOLVERS[self.solver](self.noise, x, self._levels(), self.alphas_cumprod)
 
     def decode(self, x: Tensor, target: int = HEALTHY) -> Tensor:
@@ -255,7 +255,7 @@ class DDIMAnomalyNet(SliceNetwork):
         inside = target if self.gradient_scale and not self.guidance_steps else None
         outside = {"correct": partial(self.guide, target=target)} if self.gradient_scale and self.guidance_steps else {}
         if self.mode == "ddpm":
-            draw = partial(self._draw, generator=self._generator(x, stream=1))
+            draw = partial(self._draw, generator=self._generator(stream=1))
             x = ddpm(partial(self.estimate, target=inside), x, levels, self.alphas_cumprod, draw_noise=draw, **outside)
         else:
             x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)

@@ -168,6 +168,12 @@ class CineNet(nn.Module):
         self.roughness = DiffusionLoss()
         self.displacement: Tensor | None = None
 
+    def _apply(self, *args: Any, **kwargs: Any) -> CineNet:
+        for module in self.modules():
+            if isinstance(module, Warp):
+                module.ref_grid = None  # MONAI keeps the grid of the last call where it was, when the network moves
+        return super()._apply(*args, **kwargs)
+
     def motion(self, source: Tensor, target: Tensor) -> Any:
         """What is found once for pairs (B, 1, H, W, D), sizes being multiples of 8."""
         raise NotImplementedError
@@ -205,14 +211,15 @@ class CineNet(nn.Module):
         """
         with torch.no_grad():
             whole = self.velocities(motion, [1.0])
-        better = whole.clone().requires_grad_()
-        optimizer = torch.optim.Adam([better], lr=REFINEMENT_RATE)
-        for _ in range(self.refinement_steps):
-            with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            # no gradient passes a tensor that was made in inference mode, but its copy
+            source, target, better = source.clone(), target.clone(), whole.clone().requires_grad_()
+            optimizer = torch.optim.Adam([better], lr=REFINEMENT_RATE)
+            for _ in range(self.refinement_steps):
                 loss = sum(self._mismatch(source, self._integrate(better)[:, 0], target).values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         return whole, better.detach()
 
     def _integrate(self, fields: Tensor) -> Tensor:
@@ -377,7 +384,7 @@ class DeformableDiffusionNet(CineNet):
             their weights.
         """
         source, target = image[:, :1], image[:, -1:]
-        clean = for_batch(torch.rand, (len(image),), generator) < self.clean_share
+        clean = for_batch(torch.rand, (len(image),), generator, image.device) < self.clean_share
         noised, t, noise = draw_noised(target, self.alphas_cumprod, generator)
         noised = torch.where(clean.view(-1, 1, 1, 1, 1), target, noised)
         code = self.noise(source, target, noised, t.masked_fill(clean, 0))

@@ -106,7 +106,7 @@ class HealthyModel(SliceNetwork):
 
     def load_weights(self, path: str | Path) -> HealthyModel:
         """Load ``model.pt``, every name of which must be this network's, and return the network, for inference."""
-        self.load_state_dict(torch.load(path, map_location=self.healthy_places.device, weights_only=True))
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return self.eval()
 
     def unlikeness(self, image: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class HealthyModel(SliceNetwork):
         difference = (image - healed).abs()
         ill = to_heal.flatten(1).any(dim=1)  # healing leaves the others as they are
         if ill.any():
-            generator, shared_of_ill = self._generator(image, 1), {name: value[ill] for name, value in shared.items()}
+            generator, shared_of_ill = self._generator(1), {name: value[ill] for name, value in shared.items()}
             draws = [self.heal(image[ill], to_heal[ill], generator, **shared_of_ill) for _ in range(self.healings)]
             healed[ill] = draws[0]
             difference[ill] = sum((image[ill] - draw).abs() for draw in draws) / len(draws)
@@ -314,6 +314,6 @@ class QuantisedModel(HealthyModel):
                 dist.all_gather(shares, latent.contiguous())
                 latent = torch.stack(shares, dim=1).flatten(0, 1)
             places = latent.movedim(1, -1).flatten(0, -2)
-            chosen = torch.randint(len(places), (len(unused),), generator=generator, device=latent.device)
-            quantiser.embedding.weight.data[unused] = quantiser.ema_w[unused] = places[chosen]
+            chosen = torch.randint(len(places), (len(unused),), generator=generator, device=generator.device)
+            quantiser.embedding.weight.data[unused] = quantiser.ema_w[unused] = places[chosen.to(places.device)]
             quantiser.ema_cluster_size[unused] = 1.0

@@ -165,7 +165,7 @@ class LatentAnomalyNet(QuantisedModel):
         Returns:
             (B, 1, h, w), summed over the channels of a place, and smoothed.
         """
-        noise = torch.randn(len(levels), *latent.shape[1:], generator=self._generator(latent, 0), device=latent.device)
+        noise = torch.randn(len(levels), *latent.shape[1:], generator=self._generator(0)).to(latent.device)
         levels = torch.as_tensor(levels, device=latent.device)
         total = torch.zeros_like(latent[:, :1])
         at_once = max(1, self.max_batch // len(latent))
@@ -224,7 +224,7 @@ class LatentAnomalyNet(QuantisedModel):
         steps are deterministic; in the others with new one.
         """
         z0 = self.encode(image) if latent is None else latent
-        generator = self._generator(z0, 1) if generator is None else generator
+        generator = self._generator(1) if generator is None else generator
         draw = partial(self._draw, generator=generator)
         first = draw(z0)
 
@@ -245,7 +245,7 @@ class LatentAnomalyNet(QuantisedModel):
     def draw(self, number: int, num_steps: int = 100) -> Tensor:
         """Slices (number, C, H, W) in [0, 1] that the model makes from noise alone."""
         shape = (number, self.autoencoder.embedding_dim, *self.latent_size)
-        noise = torch.randn(shape, generator=self._generator(self.latent_mean, 0), device=self.latent_mean.device)
+        noise = torch.randn(shape, generator=self._generator(0)).to(self.latent_mean.device)
         levels = level_grid(self.num_levels, num_steps)[::-1]
         return self.decode(SOLVERS["multistep"](self.noise, noise, levels, self.alphas_cumprod)).clamp(0, 1)
 

@@ -121,8 +121,9 @@ class DenseCodec(nn.Module):
         Raises:
             ValueError: for fewer images than latent variables.
         """
-        # in 64 bits, since LAPACK's last bits differ from process to process, and a training is to be repeatable
-        image, size = image.double(), math.prod(self.latent_shape)
+        # in 64 bits, since LAPACK's last bits differ from process to process, and a training is to be repeatable; and on the
+        # CPU, where the solution by least squares bears images that are alike
+        image, size = image.double().cpu(), math.prod(self.latent_shape)
         x = 2 * image.flatten(1) - 1
         if len(x) < size:
             raise ValueError(
@@ -136,7 +137,7 @@ class DenseCodec(nn.Module):
         log_odds = torch.logit(image.flatten(1), eps=0.02)
         weights = torch.linalg.lstsq(code, log_odds).solution
 
-        encoder, decoder, one = self.encoder, self.decoder, torch.eye(size, device=x.device)
+        encoder, decoder, one = self.encoder, self.decoder, torch.eye(size)
         for layer in (encoder.last, decoder.last):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

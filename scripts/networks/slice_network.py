@@ -82,10 +82,10 @@ class SliceNetwork(nn.Module):
             output[seen] = torch.cat([anomaly, healthy, probability], dim=1).to(output.dtype)
         return output
 
-    def _generator(self, x: Tensor, stream: int = 0) -> torch.Generator:
-        """Source of one of the two streams of random numbers of a method."""
-        return torch.Generator(x.device).manual_seed(2 * self.seed + stream)
+    def _generator(self, stream: int = 0) -> torch.Generator:
+        """Source of one of a method's two streams of random numbers, on the CPU (:func:`scripts.samplers.for_batch`)."""
+        return torch.Generator().manual_seed(2 * self.seed + stream)
 
     def _draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The same noise for each of the batch x."""
-        return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype).expand_as(x)
+        return torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device).expand_as(x)

@@ -181,10 +181,10 @@ class VariationalDiffusionNet(nn.Module):
         generators = []
         for image in noise.detach().float().cpu():
             digest = hashlib.sha256(f"{self.seed}:".encode() + image.numpy().tobytes()).digest()
-            generators.append(torch.Generator(noise.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+            generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
 
         def draw(z: Tensor) -> Tensor:
-            return torch.stack([torch.randn(z.shape[1:], generator=g, device=z.device) for g in generators])
+            return torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z.device)
 
         return draw
 
@@ -208,10 +208,10 @@ class VariationalDiffusionNet(nn.Module):
     def _bound(self, image: Tensor, generator: torch.Generator, label: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the bound, and z_0 / sqrt(1 - var_0), (B, *latent_shape)."""
         label = self._label(label, image)
-        t = for_batch(antithetic_times, (len(image),), generator)
+        t = for_batch(antithetic_times, (len(image),), generator, image.device)
         gamma_0, gamma_1 = self.schedule(t.new_tensor([0.0, 1.0]))
         f = self.codec.encode(image, gamma_0, label)
-        noise_0, noise = (for_batch(torch.randn, f.shape, generator) for _ in range(2))
+        noise_0, noise = (for_batch(torch.randn, f.shape, generator, f.device) for _ in range(2))
 
         rescaled = f + (gamma_0 / 2).exp() * noise_0  # z_0 / sqrt(1 - var_0)
         recon, others = self.codec.negative_log_likelihood(image, rescaled, gamma_0, label)
@@ -251,7 +251,7 @@ class VariationalDiffusionNet(nn.Module):
         """
         device = next(self.score.parameters()).device
         if self.codec.grey_scale is not None:
-            self.codec.begin_linear(torch.cat([batch["image"] for batch in batches]).to(device))
+            self.codec.begin_linear(torch.cat([batch["image"] for batch in batches]))
             return
         grey = (self.codec.encode(batch["image"].to(device), None, None) for batch in batches)
         amounts = torch.cat([self.score.patterns_of(image) for image in grey])
@@ -291,7 +291,7 @@ class VariationalDiffusionNet(nn.Module):
         """
         label = class_label if self.num_classes else None
         if self.num_classes and self.training:
-            unlabelled = for_batch(torch.rand, (len(image),), generator) < UNLABELLED_SHARE
+            unlabelled = for_batch(torch.rand, (len(image),), generator, image.device) < UNLABELLED_SHARE
             label = label.masked_fill(unlabelled, self.num_classes)
         if self.training and self.weighting == "mixed":
             return {"velocity": self._velocity_error(image, label, generator)}
@@ -312,13 +312,13 @@ class VariationalDiffusionNet(nn.Module):
         2.4, in other words the log of noise over signal has mean -1.2 and 1.2 (Karras et al. 2022, arXiv 2206.00364,
         table 1). Both together are the bound with the weight density(gamma) / (1 - var).
         """
-        u = for_batch(antithetic_times, (len(image),), generator)
+        u = for_batch(antithetic_times, (len(image),), generator, image.device)
         ends = self.schedule(u.new_tensor([0.0, 1.0])).detach()
         even = self.schedule(u / self.bound_share if self.bound_share else u)
         normal = -2.4 + 2.4 * torch.special.ndtri((u - self.bound_share) / (1 - self.bound_share))
         gamma = torch.where(u < self.bound_share, even, normal.clamp(*ends))
         f = self.codec.encode(image, ends[0], label)
-        noise = for_batch(torch.randn, f.shape, generator)
+        noise = for_batch(torch.randn, f.shape, generator, f.device)
         gap = noise - self.score(noise_to_gamma(f, noise, gamma), gamma, self._label(label, image))
         return (gap.square().flatten(1).mean(dim=1) / torch.sigmoid(-gamma)).mean()
 
