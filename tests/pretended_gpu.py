@@ -32,14 +32,17 @@ class PretendedGPU(TorchFunctionMode):
         super().__init__()
         self.storages: dict[int, StorageWeakRef] = {}  # the references keep the numbers from being given away again
         self.jvp = mock.patch("torch.func.jvp", self._jvp)
+        self.name = mock.patch("torch.cuda.get_device_name", lambda device: "pretended GPU")
 
     def __enter__(self) -> PretendedGPU:
         self.jvp.start()
+        self.name.start()
         return super().__enter__()
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
         self.jvp.stop()
+        self.name.stop()
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the GPU."""
