@@ -28,6 +28,17 @@ ACDC = ROOT.parent / "shared" / "data" / "acdc"
 MEDNIST = ROOT.parent / "shared" / "data" / "mednist"
 
 
+def run_command(config: str, *args: object) -> list[str]:
+    """Arguments of ``python`` for ``monai.bundle run``, in float32, which tests compare, unless ``args`` say otherwise."""
+    return ["-m", "monai.bundle", "run", "--config_file", config, "--amp", "False", *map(str, args)]
+
+
+def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
+    """``monai.bundle run`` in the bundle's folder, as a user starts it."""
+    command = [sys.executable, *run_command(config, *args)]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, **kwargs)
+
+
 def torchrun(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.Popen:
     """Begin ``torchrun`` with two processes in the bundle's folder; what they print goes into pipes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -45,19 +56,8 @@ def finished(process: subprocess.Popen) -> str:
 # forked from a process that has imported the libraries, a run begins at once
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["conftest", "monai.bundle", "monai.engines", "monai.networks.nets", "itk", "highdicom", "sklearn.metrics"]
+    ["monai.bundle", "monai.engines", "monai.networks.nets", "itk", "highdicom", "sklearn.metrics", "pytest"]
 )
-
-
-def run_command(config: str, *args: object) -> list[str]:
-    """Arguments of ``python`` for ``monai.bundle run``, in float32, which tests compare, unless ``args`` say otherwise."""
-    return ["-m", "monai.bundle", "run", "--config_file", config, "--amp", "False", *map(str, args)]
-
-
-def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """``monai.bundle run`` in the bundle's folder, as a user starts it."""
-    command = [sys.executable, *run_command(config, *args)]
-    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, **kwargs)
 
 
 def start_forked(

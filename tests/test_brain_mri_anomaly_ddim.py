@@ -16,12 +16,13 @@ from PIL import Image
 from scripts.datasets import section_of
 from scripts.metrics import dice
 
-FEW_STEPS = ("--num_steps", "2", "--guidance_steps", "1")
+QUICK = ("--num_steps", 2, "--guidance_steps", 1, "--spatial_size", "[64,64]", "--pixdim", "[4.0,4.0,-1.0]")
+SMALL = ("--network_def#channels", "[16,32]", "--network_def#classifier_channels", "[16,32,32]")
 
 
 def infer(bundle: Path, dataset_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:
     paths = ("--dataset_dir", dataset_dir, "--output_dir", output_dir)
-    return run_forked(bundle, "configs/inference.json", *paths, *FEW_STEPS, *args)
+    return run_forked(bundle, "configs/inference.json", *paths, *QUICK, *args)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def cohort(bundle, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
     cut.write_bytes(cut.read_bytes()[:5000])
     output = scans.parent / "cohort_output"
     paths = ("--dataset_dir", scans, "--output_dir", output)
-    return output, run(bundle, "configs/inference.json", *paths, *FEW_STEPS)
+    return output, run(bundle, "configs/inference.json", *paths, *QUICK)
 
 
 def test_good_cases_are_finished_although_others_fail(cohort):
@@ -126,7 +127,7 @@ def test_ddpm_mode_and_paper_solver_run_by_settings(bundle, tmp_path):
 def test_evaluation_writes_metrics_of_every_case(bundle, tmp_path):
     for name in ("p1", "p2"):
         save_patient(tmp_path / "scans", name, num_slices=2)
-    args = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all", *FEW_STEPS)
+    args = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all", *QUICK)
     done = run_forked(bundle, "['configs/inference.json','configs/evaluate.json']", *args)
     assert done.returncode == 0, done.stderr
     rows = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
@@ -142,7 +143,7 @@ def test_training_resumes_and_its_weights_run(bundle, tmp_path):
     for name in chosen:
         save_patient(tmp_path / "scans", name, num_slices=4)
     args = ["--dataset_dir", tmp_path / "scans", "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
-    args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]
+    args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1, *QUICK[4:], *SMALL]
     assert run_forked(bundle, "configs/train.json", *args, "--epochs", 1).returncode == 0
     done = run_forked(bundle, "configs/train.json", *args, "--epochs", 2, "--augment", True)
     assert done.returncode == 0 and "going on from iteration 1" in done.stdout
@@ -150,7 +151,7 @@ def test_training_resumes_and_its_weights_run(bundle, tmp_path):
     state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
     assert all(v.dtype == torch.float16 for v in state.values())
     weights = ("--checkpointloader#load_path", tmp_path / "ckpt" / "model.pt")
-    assert infer(bundle, tmp_path / "scans", tmp_path / "out", *weights).returncode == 0
+    assert infer(bundle, tmp_path / "scans", tmp_path / "out", *weights, *SMALL).returncode == 0
 
 
 def test_training_takes_folders_of_healthy_and_diseased_images(bundle, tmp_path):

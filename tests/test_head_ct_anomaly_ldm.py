@@ -146,7 +146,7 @@ def test_monai_labels_way_of_calling_gives_the_same_mask(tmp_path):
     parser = ConfigParser()
     parser.read_config(BUNDLE / "configs" / "inference.json")
     parser.read_meta(BUNDLE / "configs" / "metadata.json")
-    parser.config["bundle_root"] = str(BUNDLE)
+    parser.config |= {"bundle_root": str(BUNDLE), "amp": False}
     pre, inferer, post = (parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "postprocessing"))
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
