@@ -2,15 +2,21 @@ PYTHON ?= python3
 BIN = .venv/bin
 LABEL = .venv-monailabel
 
-.PHONY: demo test lint stress
+.PHONY: demo test most-tests label-environment lint stress
 
 demo: .venv/installed
 	$(BIN)/python -m scripts demo
 
+# MONAI Label's environment is made meanwhile; a worker and the processes that it begins take up to 3 GB of memory
 test: .venv/installed lint
+	$(MAKE) --jobs 2 label-environment most-tests
+	$(BIN)/python -m pytest -rs tests/test_monailabel.py
+
+most-tests:
+	$(BIN)/python -m pytest -rs --numprocesses auto --maxprocesses 4 --dist worksteal --ignore tests/test_monailabel.py
+
+label-environment:
 	-$(MAKE) $(LABEL)/installed
-	$(BIN)/python -m pytest -rs
-	$(BIN)/python -m scripts verify
 
 # the long form of the tests with kills and damaged files
 stress: .venv/installed

@@ -39,11 +39,16 @@ def list_bundles() -> None:
         print(f"{bundle.name}  {meta['version']}  {meta['task']}")
 
 
-def demo(output_dir: str = "demo_output") -> None:
-    """Run brain_mri_anomaly_ddim on a generated scan that shows no patient, and print where the results are."""
+def demo(output_dir: str = "demo_output", **settings: object) -> None:
+    """Run brain_mri_anomaly_ddim on a generated scan that shows no patient, and print where the results are.
+
+    Args:
+        output_dir: folder to write to.
+        settings: other settings of its inference.
+    """
     bundle = _bundle("brain_mri_anomaly_ddim")
     output = Path(output_dir).resolve()
-    release.run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True)
+    release.run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True, **settings)
     for ending, what in (
         ("seg.nii.gz", "mask"),
         ("map.nii.gz", "anomaly map"),

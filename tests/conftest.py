@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
+import os
+import resource
+import runpy
 import subprocess
 import sys
+import tempfile
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,17 +20,86 @@ import pytest
 import torch
 from scipy import ndimage
 
-torch.set_num_threads(1)  # the tests' networks are too small to share out
+# the tests' networks are too small to share out, here and in the processes that tests begin
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 LGG = ROOT.parent / "shared" / "data" / "lgg"
 ACDC = ROOT.parent / "shared" / "data" / "acdc"
 MEDNIST = ROOT.parent / "shared" / "data" / "mednist"
 
 
+def run_command(config: str, *args: object) -> list[str]:
+    """Arguments of ``python`` for ``monai.bundle run``, in float32, which tests compare, unless ``args`` say otherwise."""
+    return ["-m", "monai.bundle", "run", "--config_file", config, "--amp", "False", *map(str, args)]
+
+
 def run(bundle: Path, config: str, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """``monai.bundle run`` in the bundle's folder."""
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
+    """``monai.bundle run`` in the bundle's folder, as a user starts it."""
+    command = [sys.executable, *run_command(config, *args)]
     return subprocess.run(command, cwd=bundle, capture_output=True, text=True, **kwargs)
+
+
+def torchrun(bundle: Path, config: str, *args: object, processes: int = 2, **kwargs: object) -> subprocess.Popen:
+    """Begin ``torchrun`` in the bundle's folder; what the processes print goes into pipes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *run_command(config, *args)], cwd=bundle, **pipes, **kwargs)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """What a process that ended well has printed."""
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+# forked from a process that has imported the libraries, a run begins at once
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["monai.bundle", "monai.engines", "monai.networks.nets", "itk", "highdicom", "sklearn.metrics", "pytest"]
+)
+
+
+def start_forked(
+    bundle: Path, config: str, *args: object, out: Path, err: Path, memory: int | None = None
+) -> ForkServerProcess:
+    """Begin what ``run`` does in a forked process, which saves the seconds that importing the libraries takes.
+
+    Args:
+        bundle: folder of the bundle.
+        config: the configuration, or a list of them.
+        args: further arguments.
+        out: file that the process appends what it prints to.
+        err: file that it appends its standard error to, which may be the same.
+        memory: bytes of data that it may have.
+    """
+    process = FORKSERVER.Process(target=_run_here, args=(bundle, run_command(config, *args), out, err, memory))
+    process.start()
+    return process
+
+
+def _run_here(bundle: Path, command: list[str], out: Path, err: Path, memory: int | None) -> None:
+    """What ``python`` does with the arguments of ``run_command``."""
+    for stream, path in ((1, out), (2, err)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), stream)
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    os.chdir(bundle)
+    # the bundle finds its code by itself, not what the tests find
+    sys.path = [str(bundle), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
+    sys.argv = command[1:]
+    runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+
+
+def run_forked(bundle: Path, config: str, *args: object) -> subprocess.CompletedProcess:
+    """The same as ``run``, in a forked process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = start_forked(bundle, config, *args, out=out, err=err)
+        process.join()
+        return subprocess.CompletedProcess(args, process.exitcode, *(p.read_text(errors="replace") for p in (out, err)))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

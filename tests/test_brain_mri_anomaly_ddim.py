@@ -1,4 +1,4 @@
-"""The bundle as a user runs it: real processes, the real weights, made scans (and a real one where there is one)."""
+"""The bundle as a user runs it: processes of their own, the real weights, made scans (and a real one where there is one)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import LGG, files_below, make_head, rows_of, run, save_nifti, save_patient
+from conftest import LGG, files_below, make_head, rows_of, run, run_forked, save_nifti, save_patient
 from PIL import Image
 
 from scripts.datasets import section_of
 from scripts.metrics import dice
 
-FEW_STEPS = ("--num_steps", "2", "--guidance_steps", "1")
+QUICK = ("--num_steps", 2, "--guidance_steps", 1, "--spatial_size", "[64,64]", "--pixdim", "[4.0,4.0,-1.0]")
+SMALL = ("--network_def#channels", "[16,32]", "--network_def#classifier_channels", "[16,32,32]")
 
 
 def infer(bundle: Path, dataset_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:
     paths = ("--dataset_dir", dataset_dir, "--output_dir", output_dir)
-    return run(bundle, "configs/inference.json", *paths, *FEW_STEPS, *args)
+    return run_forked(bundle, "configs/inference.json", *paths, *QUICK, *args)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def cohort(bundle, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
     cut = save_nifti(scans / "bad_truncated.nii.gz", scan)
     cut.write_bytes(cut.read_bytes()[:5000])
     output = scans.parent / "cohort_output"
-    return output, infer(bundle, scans, output)
+    paths = ("--dataset_dir", scans, "--output_dir", output)
+    return output, run(bundle, "configs/inference.json", *paths, *QUICK)
 
 
 def test_good_cases_are_finished_although_others_fail(cohort):
@@ -125,8 +127,8 @@ def test_ddpm_mode_and_paper_solver_run_by_settings(bundle, tmp_path):
 def test_evaluation_writes_metrics_of_every_case(bundle, tmp_path):
     for name in ("p1", "p2"):
         save_patient(tmp_path / "scans", name, num_slices=2)
-    args = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all", *FEW_STEPS)
-    done = run(bundle, "['configs/inference.json','configs/evaluate.json']", *args)
+    args = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all", *QUICK)
+    done = run_forked(bundle, "['configs/inference.json','configs/evaluate.json']", *args)
     assert done.returncode == 0, done.stderr
     rows = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
     assert list(rows) == ["p1", "p2", "mean", "std"]
@@ -141,15 +143,15 @@ def test_training_resumes_and_its_weights_run(bundle, tmp_path):
     for name in chosen:
         save_patient(tmp_path / "scans", name, num_slices=4)
     args = ["--dataset_dir", tmp_path / "scans", "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
-    args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]
-    assert run(bundle, "configs/train.json", *args, "--epochs", 1).returncode == 0
-    done = run(bundle, "configs/train.json", *args, "--epochs", 2, "--augment", True)
+    args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1, *QUICK[4:], *SMALL]
+    assert run_forked(bundle, "configs/train.json", *args, "--epochs", 1).returncode == 0
+    done = run_forked(bundle, "configs/train.json", *args, "--epochs", 2, "--augment", True)
     assert done.returncode == 0 and "going on from iteration 1" in done.stdout
     assert any(p.name.startswith("events") for p in (tmp_path / "log").iterdir())
     state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
     assert all(v.dtype == torch.float16 for v in state.values())
     weights = ("--checkpointloader#load_path", tmp_path / "ckpt" / "model.pt")
-    assert infer(bundle, tmp_path / "scans", tmp_path / "out", *weights).returncode == 0
+    assert infer(bundle, tmp_path / "scans", tmp_path / "out", *weights, *SMALL).returncode == 0
 
 
 def test_training_takes_folders_of_healthy_and_diseased_images(bundle, tmp_path):
@@ -162,7 +164,7 @@ def test_training_takes_folders_of_healthy_and_diseased_images(bundle, tmp_path)
             Image.fromarray(scan[:, :, 1 - number, 1]).save(tmp_path / "images" / folder / f"{name}_1.png")
     args = ["--dataset_dir", tmp_path / "images", "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
     args += ["--epochs", 1, "--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]
-    done = run(bundle, "['configs/train.json','configs/train_images.json']", *args)
+    done = run_forked(bundle, "['configs/train.json','configs/train_images.json']", *args)
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
     assert state["unet.conv_in.conv.weight"].shape[1] == 4  # one channel, 2 x 2 pixels folded
@@ -173,7 +175,9 @@ def test_real_volume_that_was_not_trained_on_gets_its_lesion(bundle, tmp_path):
     name = next(p.name for p in sorted(LGG.iterdir()) if section_of(p.name) == "validation")
     (tmp_path / "scans").mkdir()
     os.symlink(LGG / name, tmp_path / "scans" / name)
-    done = run(bundle, "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out")
+    done = run_forked(
+        bundle, "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out"
+    )
     assert done.returncode == 0, done.stderr
     mask = nib.load(tmp_path / "out" / name / f"{name}_seg.nii.gz").get_fdata()
     label = nib.load(LGG / name / f"{name}_seg.nii.gz").get_fdata()

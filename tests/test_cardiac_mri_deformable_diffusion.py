@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_below, make_cine, rows_of, run, save_nifti, save_turned
+from conftest import ROOT, files_below, finished, make_cine, rows_of, run, save_nifti, save_turned, torchrun
 from monai.bundle import ConfigParser
 from PIL import Image
 from scipy import ndimage
@@ -25,6 +24,7 @@ from scripts.report import report
 
 BUNDLE = ROOT / "bundles" / "cardiac_mri_deformable_diffusion"
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # where the stand-in is found
 RESULTS = ("cine.gif", "cine.nii.gz", "displacement.nii.gz", "overview.png", "seg.nii.gz")
 
 
@@ -43,8 +43,7 @@ def settings(tmp_path_factory) -> Path:
 
 def infer(settings: Path, dataset_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:
     files = ["configs/inference.json", str(settings)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    return run(BUNDLE, str(files), "--dataset_dir", dataset_dir, "--output_dir", output_dir, *args, env=env)
+    return run(BUNDLE, str(files), "--dataset_dir", dataset_dir, "--output_dir", output_dir, *args, env=ENVIRONMENT)
 
 
 @pytest.fixture
@@ -238,18 +237,6 @@ def test_two_processes_share_a_cohort(settings, tmp_path):
     for name in ("a", "b", "c"):
         save_nifti(tmp_path / "scans" / f"{name}.nii.gz", make_cine(3)[0], SPACING)
     files = ["configs/inference.json", "configs/multi_gpu_inference.json", str(settings)]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "monai.bundle",
-        "run",
-    ]
-    command += ["--config_file", str(files), "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(list(map(str, command)), cwd=BUNDLE, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out")
+    finished(torchrun(BUNDLE, str(files), *paths, env=ENVIRONMENT))
     assert sorted(row["case"] for row in rows_of(tmp_path / "out" / "results.csv")) == ["a", "b", "c"]

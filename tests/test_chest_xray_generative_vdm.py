@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_below, rows_of
+from conftest import ROOT, files_below, finished, rows_of, run_command, torchrun
 from jsonschema import validate
 from monai.bundle import verify_net_in_out
 from PIL import Image
@@ -29,7 +29,7 @@ BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
 NETWORK = {"network_def#_target_": "stand_in.StandInNet", "num_steps": 3}
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # where the stand-in is found
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,9 @@ def generate(output_dir: Path, weights: Path, **settings: object) -> None:
     monai.bundle.run(config_file=str(BUNDLE / "configs" / "inference.json"), **settings)
 
 
-def command(output_dir: Path, weights: Path, config: str = "configs/inference.json", **settings: object) -> list[str]:
-    """Arguments of ``python`` for ``monai.bundle run``."""
-    pairs = overrides(output_dir, weights, **settings).items()
-    options = [text for name, value in pairs for text in (f"--{name}", str(value))]
-    return ["-m", "monai.bundle", "run", "--config_file", config, *options]
+def options(output_dir: Path, weights: Path, **settings: object) -> list[object]:
+    """The same settings for the command line."""
+    return [word for name, value in overrides(output_dir, weights, **settings).items() for word in (f"--{name}", value)]
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -109,9 +107,8 @@ def test_the_class_that_is_asked_for_reaches_the_network_and_the_table(weights, 
 
 def test_a_cohort_that_was_cut_off_is_finished_by_the_next_run_and_nothing_is_done_twice(weights, tmp_path):
     settings = {"number": 40, "batch_size": 1}
-    process = subprocess.Popen(
-        [sys.executable, *command(tmp_path / "out", weights, **settings)], cwd=BUNDLE, env=ENVIRONMENT, **QUIET
-    )
+    command = run_command("configs/inference.json", *options(tmp_path / "out", weights, **settings))
+    process = subprocess.Popen([sys.executable, *command], cwd=BUNDLE, env=ENVIRONMENT, **QUIET)
     while process.poll() is None and not (tmp_path / "out" / "generated.csv").is_file():
         time.sleep(0.01)
     process.kill()
@@ -131,11 +128,7 @@ def test_a_cohort_that_was_cut_off_is_finished_by_the_next_run_and_nothing_is_do
 
 def test_two_processes_share_the_images(weights, tmp_path):
     config = "['configs/inference.json','configs/multi_gpu_inference.json']"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, *command(tmp_path, weights, config, number=5)], cwd=BUNDLE, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    finished(torchrun(BUNDLE, config, *options(tmp_path, weights, number=5), env=ENVIRONMENT))
     assert sorted(int(row["seed"]) for row in rows_of(tmp_path / "generated.csv")) == list(range(5))
     assert Image.open(tmp_path / "contact_sheet.png").text["Seed"] == "0 to 4"
 

@@ -1,4 +1,4 @@
-"""Training of the chest X-ray bundle as a user starts it: real processes, made pictures."""
+"""Training of the chest X-ray bundle as a user starts it: processes of their own, made pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run_forked
 from monai.bundle import ConfigParser
 from PIL import Image
 
@@ -35,9 +35,9 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def train(model: str, pictures: Path, output: Path, *args: object) -> subprocess.CompletedProcess:
-    args = ("--dataset_dir", pictures, "--ckpt_dir", output, "--output_dir", output / "log", "--amp", False, *args)
+    args = ("--dataset_dir", pictures, "--ckpt_dir", output, "--output_dir", output / "log", *args)
     args += ("--spatial_size", "[16,16]", "--epoch_length", 1, "--batch_size", 2, "--val_interval", 1)
-    done = run(BUNDLE, CONFIGS[model], *args, *TINY[model])
+    done = run_forked(BUNDLE, CONFIGS[model], *args, *TINY[model])
     assert done.returncode == 0, done.stderr
     return done
 

@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import make_head, rows_of, run
+from conftest import make_head, rows_of, run_forked
 from monai.data import MetaTensor
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy.spatial.transform import Rotation
@@ -356,7 +356,7 @@ def test_a_bundle_writes_the_mask_of_a_dicom_series_as_nifti_and_as_a_segmentati
     folder = save_series(tmp_path / "scans" / "patient", scan[..., 1], SOPClassUID=MRImageStorage, Modality="MR")
     settings = ("--num_steps", 1, "--guidance_steps", 1, "--min_threshold", 0, "--min_volume", 0)  # a mask in any case
     paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "output")
-    done = run(bundle, "configs/inference.json", *paths, *settings)
+    done = run_forked(bundle, "configs/inference.json", *paths, *settings)
     assert done.returncode == 0, done.stderr
     assert "nvImageCodec" not in done.stdout + done.stderr
     case = tmp_path / "output" / "patient"

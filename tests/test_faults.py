@@ -9,23 +9,30 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
-import multiprocessing
 import os
 import pickle
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import monai.bundle
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import ROOT, files_below, make_ct_slice, make_head, rows_of, save_nifti, save_patient
+from conftest import (
+    FORKSERVER,
+    ROOT,
+    files_below,
+    make_ct_slice,
+    make_head,
+    rows_of,
+    save_nifti,
+    save_patient,
+    start_forked,
+)
 from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
 from PIL import Image
@@ -40,12 +47,6 @@ LONG = bool(os.environ.get("STRESS"))
 COHORT_KILLS, TRAINING_KILLS, NUM_DAMAGED = (12, 6, 1000) if LONG else (2, 1, 60)
 MEMORY = 6 * 2**30  # bytes that a run on damaged files may take
 
-# forked from a process that has imported the libraries, a run begins at once
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["monai.bundle", "monai.engines", "monai.networks.nets", "itk", "highdicom", "sklearn.metrics"]
-)
-
 BRAIN, HEAD = (ROOT / "bundles" / name for name in ("brain_mri_anomaly_ddim", "head_ct_anomaly_ldm"))
 QUICK = {
     BRAIN: {"spatial_size": [32, 32], "pixdim": [8.0, 8.0, -1.0], "num_steps": 1, "guidance_steps": 1},
@@ -56,30 +57,18 @@ QUICK = {
 @pytest.fixture(scope="module", autouse=True)
 def forkserver() -> None:
     """Let the server import its libraries before the first run is timed."""
-    process = CONTEXT.Process(target=os.getpid)
+    process = FORKSERVER.Process(target=os.getpid)
     process.start()
     process.join()
 
 
-def start(bundle: Path, config: str, log: Path, **settings: object) -> multiprocessing.Process:
+def start(bundle: Path, config: str, log: Path, **settings: object) -> ForkServerProcess:
     """``monai.bundle run``, in a process of its own that prints to a file."""
-    process = CONTEXT.Process(target=_run, args=(bundle, config, log, settings))
-    process.start()
-    return process
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return start_forked(bundle, config, *words, out=log, err=log, memory=MEMORY)
 
 
-def _run(bundle: Path, config: str, log: Path, settings: dict[str, object]) -> None:
-    os.chdir(bundle)
-    sys.path.insert(0, "")
-    with open(log, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    monai.bundle.run(config_file=config, **settings)
-
-
-def kill_and_resume(begin: Callable[[Path], multiprocessing.Process], folder: Path, kills: int) -> tuple[Path, list[Path]]:
+def kill_and_resume(begin: Callable[[Path], ForkServerProcess], folder: Path, kills: int) -> tuple[Path, list[Path]]:
     """Kill runs by SIGKILL at random moments, and begin them again, until each has ended.
 
     A run that has ended before it could be killed is followed by another in a new folder.
@@ -123,7 +112,7 @@ def test_a_cohort_that_is_killed_at_random_moments_ends_with_the_same_files(tmp_
         save_patient(tmp_path / "scans", f"p{number}", seed=number, num_slices=1)
     settings = {**QUICK[BRAIN], "dataset_dir": str(tmp_path / "scans")}
 
-    def begin(folder: Path) -> multiprocessing.Process:
+    def begin(folder: Path) -> ForkServerProcess:
         return start(BRAIN, "configs/inference.json", tmp_path / "log", output_dir=str(folder), **settings)
 
     undisturbed, killed = kill_and_resume(begin, tmp_path / "results", COHORT_KILLS)
@@ -143,7 +132,7 @@ def test_a_training_that_is_killed_at_random_moments_ends_with_the_same_weights(
         **{"checkpoint_minutes": 0, "output_dir": str(tmp_path / "tensorboard")},
     }
 
-    def begin(folder: Path) -> multiprocessing.Process:
+    def begin(folder: Path) -> ForkServerProcess:
         return start(BRAIN, "configs/train.json", tmp_path / "log", ckpt_dir=str(folder), **settings)
 
     undisturbed, killed = kill_and_resume(begin, tmp_path / "weights", TRAINING_KILLS)

@@ -156,7 +156,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     (app / "main.py").write_text(OPERATORS + (app / "main.py").read_text(encoding="utf-8"))
     for bundle in BUNDLES:
         package(bundle, app / "model")
-    shorten_epochs(app / "model" / MRI)
+        set_up(app / "model" / bundle.name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -179,11 +179,12 @@ def server(tmp_path_factory) -> Iterator[Server]:
             process.kill()
 
 
-def shorten_epochs(bundle: Path) -> None:
-    """Two iterations an epoch, to be quick; MONAI Label lets a request set only the number of epochs."""
-    path = bundle / "configs" / "train.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"epoch_length": 2, "batch_size": 4}))
+def set_up(bundle: Path) -> None:
+    """Float32, as labels are compared, and two iterations an epoch, to be quick; a request can't ask for either."""
+    for kind, settings in (("inference", {}), ("train", {"epoch_length": 2, "batch_size": 2})):
+        path = bundle / "configs" / f"{kind}.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"amp": False} | settings))
 
 
 def wait_for(server: Server) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_cine, make_ct_slice, rows_of, run, save_nifti, save_patient
+from conftest import ROOT, finished, make_cine, make_ct_slice, rows_of, run_forked, save_nifti, save_patient, torchrun
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_chest_xray_training import TINY
 
 from scripts.datasets import section_of
 
@@ -25,22 +24,17 @@ BUNDLES = (
     "cardiac_mri_deformable_diffusion",
 )
 BRAIN, HEAD_CT, CHEST, CARDIAC = (ROOT / "bundles" / name for name in BUNDLES)
-
-
-def torchrun(bundle: Path, config: str, *args: object, processes: int = 2, **kwargs: object) -> subprocess.Popen:
-    """``torchrun`` in the bundle's folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "monai.bundle", "run", "--config_file", config, *map(str, args)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=bundle, text=True, env=environment, **pipes, **kwargs)
-
-
-def finished(process: subprocess.Popen) -> str:
-    """What a process that ended well has printed."""
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-3000:]
-    return out
+# settings of the trainings by bundle and overlay, to be quick
+BRAIN_SIZES = ("--spatial_size", "[32,32]", "--pixdim", "[4.0,4.0,-1.0]")
+SMALL = {
+    ("brain",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]", "--network_def#classifier_channels", "[16,32,32]"),
+    ("head_ct", "autoencoder"): (),
+    ("head_ct",): ("--network_def#unet_channels", "[32,32]"),
+    ("chest",): (*TINY["image"], "--spatial_size", "[16,16]"),
+    ("chest", "medvdm"): (*TINY["medvdm"], "--spatial_size", "[16,16]"),
+    ("cardiac",): ("--spatial_size", "[32,32,8]"),
+    ("cardiac", "voxelmorph"): ("--spatial_size", "[32,32,8]"),
+}
 
 
 def losses(folder: Path) -> list[float]:
@@ -96,11 +90,9 @@ def test_training_in_two_processes_is_that_of_one_with_twice_the_batch(request, 
     states = {}
     for name, batch_size in (("one", 4), ("two", 2)):
         args = ["--dataset_dir", data, "--ckpt_dir", tmp_path / name, "--output_dir", tmp_path / name / "log"]
-        args += ["--epochs", 1, "--epoch_length", 3, "--batch_size", batch_size, "--amp", False]
-        args += ["--spatial_size", "[32,32,8]"] if case == "cardiac" else []
-        args += ["--network_def#latent_size", 8] if overlay == ("medvdm",) else []
+        args += ["--epochs", 1, "--epoch_length", 3, "--batch_size", batch_size, *SMALL[(case, *overlay)]]
         if name == "one":
-            done = run(bundle, str(files), *args)
+            done = run_forked(bundle, str(files), *args)
             assert done.returncode == 0, done.stderr
         else:
             finished(torchrun(bundle, str([*files, "configs/multi_gpu_train.json"]), *args))

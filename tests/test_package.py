@@ -19,7 +19,7 @@ import monai.bundle.scripts as monai_scripts
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import files_below, make_head, run, save_nifti
+from conftest import files_below, make_head, run, run_forked, save_nifti
 
 from scripts.package import needed_modules, package, package_all
 
@@ -101,8 +101,10 @@ def test_the_packaged_bundle_runs_alone_in_another_place_with_the_same_voxels(pa
     moved = Path(shutil.copytree(packaged["folder"], tmp_path / "elsewhere" / NAME))
     steps = ("--dataset_dir", scan.parent, "--num_steps", 1, "--guidance_steps", 1, "--output_dir")
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for folder, output, env in ((moved, "out_alone", alone), (bundle, "out", os.environ)):
-        done = run(folder, "configs/inference.json", *steps, tmp_path / output, env=env)
+    for done in (
+        run(moved, "configs/inference.json", *steps, tmp_path / "out_alone", env=alone),
+        run_forked(bundle, "configs/inference.json", *steps, tmp_path / "out"),
+    ):
         assert done.returncode == 0, done.stderr
     for ending in ("seg", "map", "healthy"):
         one, other = (nib.load(tmp_path / out / "case" / f"case_{ending}.nii.gz") for out in ("out", "out_alone"))

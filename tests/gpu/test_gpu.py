@@ -15,8 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import finished, torchrun
 from small_runs import CHEST, INFERENCES, TRAININGS, infer, make_data, train, training
-from test_multi_gpu import finished, losses, torchrun
+from test_multi_gpu import losses
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
