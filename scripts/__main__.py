@@ -9,12 +9,15 @@ from pathlib import Path
 
 import fire
 
-from scripts import benchmark, release
-from scripts.demo import draw_cine, draw_scan
-from scripts.download import DownloadError
-from scripts.download import download as fetch
-from scripts.package import package_all
-from scripts.report import report as write_report
+from scripts import speed
+from scripts.release.demo import draw_cine, draw_scan
+from scripts.release.download import DownloadError
+from scripts.release.download import download as fetch
+from scripts.release.package import package_all
+from scripts.release.report import report as write_report
+from scripts.release.verify import run_inference
+from scripts.release.verify import verify as faults_of
+from scripts.tasks.anomaly.benchmark import grey_level_baseline, tune
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -48,7 +51,7 @@ def demo(output_dir: str = "demo_output", **settings: object) -> None:
     """
     bundle = _bundle("brain_mri_anomaly_ddim")
     output = Path(output_dir).resolve()
-    release.run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True, **settings)
+    run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True, **settings)
     for ending, what in (
         ("seg.nii.gz", "mask"),
         ("map.nii.gz", "anomaly map"),
@@ -71,7 +74,7 @@ def verify(*names: str, schema: str | None = None) -> None:
         print("not checked, as no --schema is given: the metadata beyond the required keys")
     faulty = False
     for bundle in _bundles(*names):
-        faults = release.verify(bundle, schema)
+        faults = faults_of(bundle, schema)
         faulty |= bool(faults)
         print("\n".join([f"{bundle.name}: {fault}" for fault in faults] or [f"{bundle.name}: verified"]))
     if faulty:
@@ -88,7 +91,7 @@ def run_benchmark(name: str, dataset_dir: str, num_slices: int = 8, section: str
         num_slices: slices to measure on, half of them with a lesion, or images to generate.
         section: section of the cases.
     """
-    benchmark.benchmark(_bundle(name), dataset_dir, num_slices, section)
+    speed.benchmark(_bundle(name), dataset_dir, num_slices, section)
 
 
 def run_tune(
@@ -113,7 +116,7 @@ def run_tune(
         figure: PNG to draw, or None.
         settings: other arguments of the network.
     """
-    benchmark.tune(_bundle(name), dataset_dir, noise_levels, gradient_scales, num_slices, section, figure, settings)
+    tune(_bundle(name), dataset_dir, noise_levels, gradient_scales, num_slices, section, figure, settings)
 
 
 def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
@@ -124,7 +127,7 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
         dataset_dir: folder of labelled cases.
         channel: number of the sequence.
     """
-    benchmark.grey_level_baseline(_bundle(name), dataset_dir, channel)
+    grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
 def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.datasets import root_cause
+from scripts.data.cohort import root_cause
 from scripts.files import written_aside
 from scripts.precision import arithmetic, hardware
 

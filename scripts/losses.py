@@ -1,10 +1,11 @@
-"""Training losses of the diffusion models, each for one batch, each the mean over all its elements."""
+"""Training losses of the diffusion models, each for one batch, and what they are made of."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from monai.config import NdarrayOrTensor
 from monai.losses import JukeboxLoss
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -16,6 +17,7 @@ __all__ = [
     "discretised_logistic",
     "gaussian_kl",
     "gradient_difference",
+    "jacobian_determinant",
     "variational_bound",
 ]
 
@@ -129,3 +131,19 @@ def gradient_difference(image: Tensor, other: Tensor) -> Tensor:
         gap = image.diff(dim=axis).abs() - other.diff(dim=axis).abs()
         total = total + gap.abs().flatten(1).mean(dim=1)
     return total
+
+
+def jacobian_determinant(displacement: NdarrayOrTensor) -> Tensor:
+    """Determinant of the Jacobian of x -> x + displacement(x), by central differences (one-sided at the border).
+
+    Args:
+        displacement: (..., 3, H, W, D), in voxels along the three axes.
+
+    Returns:
+        (..., H, W, D): 1 where volume is kept, 0 or less where space folds over. An axis of one voxel has no derivative.
+    """
+    field = torch.as_tensor(displacement).movedim(-4, -1)
+    slopes = [torch.gradient(field, dim=i)[0] if field.shape[i] > 1 else torch.zeros_like(field) for i in (-4, -3, -2)]
+    x, y, z = (slope + axis for slope, axis in zip(slopes, torch.eye(3).to(field), strict=True))
+    # the triple product has a gradient everywhere, which torch.linalg.det does not where it is 0
+    return (x * torch.linalg.cross(y, z)).sum(dim=-1)

@@ -116,7 +116,7 @@ def for_batch(
 
     Returns:
         what one process would draw for the whole batch; of several, each gets every ``world_size``-th row, beginning with
-        its rank, as the batch samplers of :mod:`scripts.datasets` share the slices.
+        its rank, as the batch samplers of :mod:`scripts.data.slices` share the slices.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shape = (world_size * shape[0], *shape[1:])

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from scripts.precision import arithmetic, hardware
+from scripts.bundle import build_network, configuration
+from scripts.precision import arithmetic, hardware, has_bfloat16
 from scripts.tables import markdown_table, mean_and_std
 
-__all__ = ["Trial", "calls_counted", "compare", "gflop_of", "peak_gflops"]
+__all__ = ["Trial", "benchmark", "calls_counted", "compare", "gflop_of", "peak_gflops"]
 
 logger = logging.getLogger(__name__)
 
@@ -198,3 +201,21 @@ def _lines(rows: Sequence[Mapping[str, float]]) -> list[str]:
     else:
         lines.append("bfloat16: not native here")
     return lines
+
+
+def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
+    """Print a table of the published procedure and of the bundle's default, on the same data with the same weights.
+
+    What the published procedure is, the network says (``published``, settings of its own). What is measured, and on what,
+    is up to the function that ``benchmark`` in the bundle's ``evaluate.json`` names, which gets bundle, networks and the
+    other arguments.
+    """
+    default = build_network(bundle, amp=False)
+    device = next(default.parameters()).device
+    networks = {"published": build_network(bundle, amp=False, **default.published), "default": default}
+    if has_bfloat16(device.type):
+        networks["default, bfloat16"] = build_network(bundle, amp=True)
+    settings = ", ".join(f"{key} {value}" for key, value in default.published.items())
+    logger.info(f"{bundle.name} on {dataset_dir} ({section}); published: {settings}")
+    measure = locate(configuration(bundle, "evaluate")["benchmark"])
+    return measure(bundle, networks, dataset_dir, number, section)

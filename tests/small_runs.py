@@ -13,7 +13,7 @@ from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti, save
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
-from scripts.datasets import section_of
+from scripts.data.sections import section_of
 
 BRAIN, HEAD_CT, CHEST, CARDIAC = (
     ROOT / "bundles" / name

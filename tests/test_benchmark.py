@@ -62,9 +62,9 @@ def picture_bundle(tmp_path):
         "validate_section": "validation",
         "validate": {
             "dataset": {
-                "_target_": "scripts.datasets.SliceDataset",
+                "_target_": "scripts.data.slices.SliceDataset",
                 "data": {
-                    "_target_": "scripts.datasets.find_cases",
+                    "_target_": "scripts.data.layouts.find_cases",
                     "dataset_dir": "@dataset_dir",
                     "sequences": ["ct"],
                     "section": "@validate_section",
@@ -74,7 +74,7 @@ def picture_bundle(tmp_path):
                     "_target_": "Compose",
                     "transforms": [
                         {
-                            "_target_": "scripts.transforms.LoadSequencesd",
+                            "_target_": "scripts.data.reading.LoadSequencesd",
                             "keys": "image",
                             "sequences": ["ct"],
                             "min_ndim": 2,
@@ -87,7 +87,7 @@ def picture_bundle(tmp_path):
                             "b_min": 0,
                             "b_max": 1,
                         },
-                        {"_target_": "scripts.transforms.ExtractSlicesd", "labelled": False},
+                        {"_target_": "scripts.data.slices.ExtractSlicesd", "labelled": False},
                     ],
                 },
                 "classes": [0],
@@ -173,7 +173,7 @@ def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_de
 def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(picture_bundle, built, monkeypatch):
     asked = []
     monkeypatch.setattr(generation, "benchmark_sampling", lambda *args: asked.append(args) or "rows")
-    name = {"benchmark": "scripts.generation.benchmark_sampling"}
+    name = {"benchmark": "scripts.tasks.generation.benchmark.benchmark_sampling"}
     (picture_bundle.path / "configs" / "evaluate.json").write_text(json.dumps(name))
     assert benchmark.benchmark(picture_bundle.path, "data", 12, "test") == "rows"
     ((bundle, networks, *rest),) = asked

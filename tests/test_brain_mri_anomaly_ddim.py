@@ -13,7 +13,7 @@ import torch
 from conftest import LGG, files_below, make_head, rows_of, run, run_forked, save_nifti, save_patient
 from PIL import Image
 
-from scripts.datasets import section_of
+from scripts.data.sections import section_of
 from scripts.metrics import dice
 
 QUICK = ("--num_steps", 2, "--guidance_steps", 1, "--spatial_size", "[64,64]", "--pixdim", "[4.0,4.0,-1.0]")

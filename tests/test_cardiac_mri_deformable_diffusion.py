@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 from stand_in import Shrinking
 
-from scripts.report import report
+from scripts.release.report import report
 
 BUNDLE = ROOT / "bundles" / "cardiac_mri_deformable_diffusion"
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])

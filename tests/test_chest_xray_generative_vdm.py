@@ -21,9 +21,9 @@ from monai.bundle import verify_net_in_out
 from PIL import Image
 from stand_in import StandInNet
 
-from scripts.generation import draw_samples
 from scripts.networks.orientation import OrientationNet
-from scripts.transforms import seeded_noise
+from scripts.tasks.generation.evaluation import draw_samples
+from scripts.tasks.generation.transforms import seeded_noise
 
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"

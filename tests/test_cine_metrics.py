@@ -11,14 +11,8 @@ from conftest import make_cine, rows_of
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.cine_metrics import (
-    CineMetrics,
-    frame_errors,
-    jacobian_determinant,
-    second_difference,
-    structure_dice,
-    volume_curve,
-)
+from scripts.losses import jacobian_determinant
+from scripts.tasks.motion.metrics import CineMetrics, frame_errors, second_difference, structure_dice, volume_curve
 
 AFFINE = np.diag([1.5, 2.0, 10.0, 1.0])
 

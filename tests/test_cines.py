@@ -10,14 +10,8 @@ from conftest import make_cine, save_nifti, save_turned
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.transforms import Compose, Invertd, Orientationd
 
-from scripts.cines import (
-    DisplacementToWorldd,
-    LoadCined,
-    MeasureFoldingd,
-    ScaleIntensityBySourced,
-    WarpSourced,
-    assume_spacing,
-)
+from scripts.data.cines import LoadCined, assume_spacing
+from scripts.tasks.motion.transforms import DisplacementToWorldd, MeasureFoldingd, ScaleIntensityBySourced, WarpSourced
 from scripts.transforms import Spacingd
 
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])

@@ -14,23 +14,11 @@ import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandFlipd, RandScaleIntensityd
 
-from scripts.datasets import (
-    BalancedBatchSampler,
-    CohortDataset,
-    ShuffledBatchSampler,
-    SliceDataset,
-    add_slice_labels,
-    find_cases,
-    find_cines,
-    folder_pair,
-    generated_cases,
-    root_cause,
-    section_by_order,
-    section_of,
-    take_section,
-    training_cases,
-    unfinished,
-)
+from scripts.data.cines import find_cines
+from scripts.data.cohort import CohortDataset, generated_cases, root_cause, unfinished
+from scripts.data.layouts import add_slice_labels, find_cases, folder_pair, training_cases
+from scripts.data.sections import section_by_order, section_of, take_section
+from scripts.data.slices import BalancedBatchSampler, ShuffledBatchSampler, SliceDataset
 
 SEQUENCES = ("t1", "flair")
 SECTIONS = ("training", "validation", "test")

@@ -20,7 +20,7 @@ import pytest
 from conftest import files_below
 
 from scripts import download as module
-from scripts.download import DownloadError, download, large_files
+from scripts.release.download import DownloadError, download, large_files
 
 NAME = "small_bundle"
 ZIP = f"{NAME}_v0.1.0.zip"

@@ -21,7 +21,8 @@ from monai.transforms import Compose, RandFlipd, RandScaleIntensityd
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from scripts.datasets import BalancedBatchSampler, CohortDataset, SliceDataset
+from scripts.data.cohort import CohortDataset
+from scripts.data.slices import BalancedBatchSampler, SliceDataset
 from scripts.engines import CohortEvaluator, DiffusionTrainer, DiffusionValidator, ema_of
 from scripts.handlers import ModelSaver, ProgressBar, TrainingCheckpoint
 from scripts.precision import hardware

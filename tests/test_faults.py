@@ -39,7 +39,7 @@ from PIL import Image
 from test_dicom import save_series
 from torch import nn
 
-from scripts.benchmark import build_network
+from scripts.bundle import build_network
 from scripts.handlers import TrainingCheckpoint
 from scripts.networks.latent_anomaly import LatentAnomalyNet
 

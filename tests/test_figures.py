@@ -9,16 +9,9 @@ from conftest import make_cine
 from matplotlib.image import imread
 from PIL import Image
 
-from scripts.figures import (
-    cine_animation,
-    cine_overview,
-    contact_sheet,
-    contrast_figure,
-    guidance_table_figure,
-    overview,
-    schedule_figure,
-    volume_curves,
-)
+from scripts.tasks.anomaly.figures import contrast_figure, guidance_table_figure, overview
+from scripts.tasks.generation.figures import contact_sheet, schedule_figure
+from scripts.tasks.motion.figures import cine_animation, cine_overview, volume_curves
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -14,20 +14,19 @@ from stand_in import StandInNet
 from torch import nn
 
 from scripts import generation
-from scripts.generation import (
+from scripts.data.reading import LoadSequencesd
+from scripts.data.slices import ExtractSlicesd
+from scripts.networks.orientation import OrientationNet
+from scripts.tasks.generation.evaluation import draw_samples, generation_table, real_images, with_weights
+from scripts.tasks.generation.metrics import (
     bound_terms,
-    draw_samples,
     feature_network,
     fourier_features,
-    generation_table,
     image_scores,
     nearest,
     pair_similarity,
-    real_images,
-    with_weights,
 )
-from scripts.networks.orientation import OrientationNet
-from scripts.transforms import ExtractSlicesd, LoadSequencesd, seeded_noise
+from scripts.tasks.generation.transforms import seeded_noise
 
 SHAPE = (1, 64, 64)
 

@@ -20,11 +20,14 @@ from PIL import Image
 from torch import nn
 
 import scripts.handlers
-from scripts.datasets import generated_cases, unfinished
+from scripts.data.cohort import generated_cases, unfinished
+from scripts.data.reading import LoadSequencesd
 from scripts.engines import CohortEvaluator, ema_of
 from scripts.files import sha256_of
-from scripts.handlers import Calibration, CaseSaver, GeneratedSaver, ModelSaver, ProgressBar, SampleSheet, TrainingCheckpoint
-from scripts.transforms import LoadSequencesd, SeededNoised, seeded_noise
+from scripts.handlers import Calibration, ModelSaver, ProgressBar, TrainingCheckpoint
+from scripts.tasks.anomaly.results import CaseSaver
+from scripts.tasks.generation.results import GeneratedSaver, SampleSheet
+from scripts.tasks.generation.transforms import SeededNoised, seeded_noise
 
 AFFINE = np.array([[0.0, -2, 0, 90], [1.5, 0, 0, -20], [0, 0, -3, 7], [0, 0, 0, 1]])  # neither RAS nor isotropic
 META = {"name": "a bundle", "version": "1.2.3", "task": "to find"}

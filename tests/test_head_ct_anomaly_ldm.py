@@ -256,7 +256,7 @@ def test_baselines_train_by_their_configurations(pictures, tmp_path, baseline):
 
 @pytest.mark.skipif(not MEDNIST.is_dir(), reason=f"no real slices at {MEDNIST}")
 def test_sprites_in_a_volume_of_real_slices_that_were_not_trained_on_are_found(tmp_path):
-    from scripts.sprites import paint_sprites
+    from scripts.tasks.anomaly.evaluation import paint_sprites
 
     with tarfile.open(MEDNIST / "HeadCT.tar") as tar:
         pictures = [Image.open(tar.extractfile(f"HeadCT/{i:06}.jpeg")) for i in range(8500, 9000, 25)]

@@ -15,9 +15,9 @@ from conftest import ROOT, save_patient, stand_in_engine
 
 from scripts import __main__ as main
 from scripts import release
-from scripts.datasets import generated_cases
-from scripts.handlers import GeneratedSaver
-from scripts.transforms import seeded_noise
+from scripts.data.cohort import generated_cases
+from scripts.tasks.generation.results import GeneratedSaver
+from scripts.tasks.generation.transforms import seeded_noise
 
 NAME = "brain_mri_anomaly_ddim"
 SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"

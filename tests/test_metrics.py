@@ -12,7 +12,8 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from scripts.metrics import AnomalyMetrics, BinnedScores, dice
+from scripts.metrics import dice
+from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores
 
 AFFINE = torch.diag(torch.tensor([-1.0, 2.0, 5.0, 1.0], dtype=torch.float64))  # voxels of 10 mm³, mirrored
 

@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti
 
 from scripts.files import sha256_of
-from scripts.package import package
+from scripts.release.package import package
 
 ENVIRONMENT = Path(os.environ.get("MONAILABEL_VENV", ROOT / ".venv-monailabel")).absolute()
 PYTHON = ENVIRONMENT / "bin" / "python"

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_chest_xray_training import TINY
 
-from scripts.datasets import section_of
+from scripts.data.sections import section_of
 
 BUNDLES = (
     "brain_mri_anomaly_ddim",

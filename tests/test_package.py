@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import files_below, make_head, run, run_forked, save_nifti
 
-from scripts.package import needed_modules, package, package_all
+from scripts.release.package import needed_modules, package, package_all
 
 NAME = "brain_mri_anomaly_ddim"
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from scripts import report as module
-from scripts.report import report
+from scripts.release.report import report
 
 VOID = {"meta", "input", "img", "br", "link", "hr"}
 SCRIPT_NAME = "<script>alert(\"1\")</script> & 'more'"

@@ -14,7 +14,7 @@ from torch import nn
 
 from scripts import sprites
 from scripts.metrics import dice
-from scripts.sprites import healthy_images, paint_sprites, sprite_scores, sprite_table, worst_cases
+from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites, sprite_scores, sprite_table, worst_cases
 
 FIGURES = ["best_dice", "best_threshold", "auprc", "auroc", "image_auroc", "image_auprc", "seconds"]
 
@@ -240,9 +240,9 @@ def test_a_configuration_runs_the_whole_table(tmp_path):
         },
         "sprites": {"radius": [3, 6], "contrast": 0.2},
         "table": {
-            "_target_": "scripts.sprites.sprite_table",
+            "_target_": "scripts.tasks.anomaly.evaluation.sprite_table",
             "networks": {"default": "@network"},
-            "images": {"_target_": "scripts.sprites.healthy_images", "dataset": "@dataset", "number": 6},
+            "images": {"_target_": "scripts.tasks.anomaly.evaluation.healthy_images", "dataset": "@dataset", "number": 6},
             "output_dir": str(tmp_path / "out"),
             "seeds": [0],
             "radius": "@sprites#radius",

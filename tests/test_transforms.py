@@ -14,27 +14,22 @@ from monai.transforms import Compose, Invertd, Orientationd
 from PIL import Image
 from skimage.filters import threshold_otsu
 
+from scripts.data.reading import LoadSequencesd
+from scripts.data.slices import ExtractSlicesd
+from scripts.tasks.anomaly.transforms import RandSprited, RandStandInd, RemoveSmallLesions, RemoveSmallLesionsd, cohort_otsu
+from scripts.tasks.generation.transforms import SeededNoised, seeded_noise
 from scripts.transforms import (
-    ExtractSlicesd,
     FitSlicesd,
-    LoadSequencesd,
     MapToMask,
     MapToMaskd,
-    RandSprited,
-    RandStandInd,
-    RemoveSmallLesions,
-    RemoveSmallLesionsd,
     RestoreIntensityd,
     ScaleIntensityByForeground,
     ScaleIntensityByForegroundd,
     ScaleIntensityByWindow,
     ScaleIntensityByWindowd,
-    SeededNoised,
     Spacingd,
     SplitPredictiond,
-    cohort_otsu,
     has_foreground,
-    seeded_noise,
 )
 
 AFFINE = np.array([[0.0, -2, 0, 90], [1.5, 0, 0, -20], [0, 0, -3, 7], [0, 0, 0, 1]])  # neither RAS nor isotropic

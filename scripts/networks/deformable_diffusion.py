@@ -17,7 +17,7 @@ from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.cine_metrics import jacobian_determinant
+from scripts.losses import jacobian_determinant
 from scripts.precision import Amp, autocast, check_amp
 from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 

@@ -10,9 +10,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from scripts.benchmark import build_network
+from scripts.bundle import build_network
 from scripts.networks.ddim_anomaly import DISEASED
-from scripts.sprites import paint_sprites
+from scripts.tasks.anomaly.evaluation import paint_sprites
 
 __all__ = ["draw_cine", "draw_scan"]
 

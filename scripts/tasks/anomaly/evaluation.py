@@ -17,13 +17,15 @@ from monai.transforms.utils import get_largest_connected_component_mask
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
-from scripts.datasets import SliceDataset
-from scripts.figures import contrast_figure, overview
+from scripts.data.slices import SliceDataset
 from scripts.files import written_aside
 from scripts.inferers import run_in_batches
-from scripts.metrics import BinnedScores, dice
+from scripts.metrics import dice
 from scripts.tables import markdown_table, mean_and_std, write_rows
-from scripts.transforms import RandSprited, has_foreground
+from scripts.tasks.anomaly.figures import contrast_figure, overview
+from scripts.tasks.anomaly.metrics import BinnedScores
+from scripts.tasks.anomaly.transforms import RandSprited
+from scripts.transforms import has_foreground
 
 __all__ = ["healthy_images", "paint_sprites", "sprite_scores", "sprite_table", "worst_cases"]
 
@@ -71,7 +73,7 @@ def paint_sprites(
     texture: float = 0.0,
     level: float = FOREGROUND_LEVEL,
 ) -> tuple[Tensor, Tensor]:
-    """Paint one sprite into the head of each slice, see :class:`scripts.transforms.RandSprited`.
+    """Paint one sprite into the head of each slice, see :class:`scripts.tasks.anomaly.transforms.RandSprited`.
 
     The head is the largest connected foreground: beside it, CT shows the holder that the head lies in.
 

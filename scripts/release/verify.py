@@ -18,7 +18,7 @@ from monai.bundle.properties import InferProperties, TrainProperties
 from monai.utils import BundleProperty, BundlePropertyConfig
 from PIL import Image
 
-from scripts.benchmark import build_network
+from scripts.bundle import build_network
 from scripts.files import sha256_of
 
 __all__ = ["run_inference", "verify"]

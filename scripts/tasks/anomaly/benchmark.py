@@ -1,64 +1,32 @@
-"""Speed of every bundle against the published procedure; accuracy of the anomaly bundles, and over the settings.
-
-The anomaly bundles are measured on labelled slices, or on painted ones where a bundle's data have no labels. Another kind of
-bundle names its own function in ``evaluate.json``, see :func:`benchmark`.
-"""
+"""Work, speed and accuracy of the anomaly bundles against the published procedure, and over their settings."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from torch import Tensor, nn
 
-from scripts.datasets import find_cases
-from scripts.figures import guidance_table_figure
+from scripts.bundle import build_network, configuration
+from scripts.data.layouts import find_cases
+from scripts.data.slices import ExtractSlicesd
 from scripts.inferers import run_in_batches
-from scripts.metrics import BinnedScores, dice
+from scripts.metrics import dice
 from scripts.networks.healthy_model import HealthyModel
-from scripts.precision import has_bfloat16
 from scripts.speed import Trial, compare
-from scripts.sprites import healthy_images, paint_sprites
-from scripts.transforms import ExtractSlicesd, MapToMask
+from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites
+from scripts.tasks.anomaly.figures import guidance_table_figure
+from scripts.tasks.anomaly.metrics import BinnedScores
+from scripts.transforms import MapToMask
 
-__all__ = [
-    "DenseCorrelation",
-    "anomaly_benchmark",
-    "benchmark",
-    "build_network",
-    "cine_benchmark",
-    "drawn_slices",
-    "grey_level_baseline",
-    "healthy_slices",
-    "labelled_slices",
-    "tune",
-]
+__all__ = ["anomaly_benchmark", "drawn_slices", "grey_level_baseline", "healthy_slices", "labelled_slices", "tune"]
 
 logger = logging.getLogger(__name__)
-
-
-def _configuration(bundle: Path, *names: str) -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config([bundle / "configs" / f"{name}.json" for name in names])
-    return parser
-
-
-def build_network(bundle: Path, **settings: Any) -> nn.Module:
-    """The bundle's network with its weights, in evaluation mode; ``settings`` replace arguments of ``network_def``."""
-    parser = _configuration(bundle, "inference")
-    for name, value in settings.items():
-        parser[f"network_def#{name}"] = value
-    network = parser.get_parsed_content("network_def").to(parser.get_parsed_content("device"))
-    network.load_state_dict(torch.load(bundle / "models" / "model.pt", map_location="cpu", weights_only=True))
-    return network.eval()
 
 
 def labelled_slices(bundle: Path, dataset_dir: str, section: str) -> Iterator[list[dict]]:
@@ -71,7 +39,7 @@ def labelled_slices(bundle: Path, dataset_dir: str, section: str) -> Iterator[li
     Raises:
         FileNotFoundError: if there are no labelled cases.
     """
-    parser = _configuration(bundle, "train")
+    parser = configuration(bundle, "train")
     cases = [c for c in find_cases(dataset_dir, parser.get_parsed_content("sequences"), section=section) if "label" in c]
     if not cases:
         raise FileNotFoundError(f"{dataset_dir}: no case of the section '{section}' has a mask")
@@ -93,7 +61,7 @@ def healthy_slices(bundle: Path, dataset_dir: str, section: str, number: int | N
     Raises:
         ValueError: if there are fewer than ``number``.
     """
-    parser = _configuration(bundle, "train")
+    parser = configuration(bundle, "train")
     parser["dataset_dir"], parser["validate_section"] = str(dataset_dir), section
     return healthy_images(parser.get_parsed_content("validate#dataset"), number)
 
@@ -101,13 +69,13 @@ def healthy_slices(bundle: Path, dataset_dir: str, section: str, number: int | N
 def drawn_slices(bundle: Path, dataset_dir: str, num_slices: int, section: str) -> tuple[Tensor, Tensor]:
     """Slices with lesion, then as many without, a fixed choice from the cases of a section.
 
-    If the bundle's ``evaluate.json`` has ``sprites``, arguments of :func:`scripts.sprites.paint_sprites`, the lesions are
-    painted into the first half of evenly spaced healthy slices.
+    If the bundle's ``evaluate.json`` has ``sprites``, arguments of :func:`scripts.tasks.anomaly.evaluation.paint_sprites`,
+    the lesions are painted into the first half of evenly spaced healthy slices.
 
     Returns:
         images (N, C, H, W) in [0, 1], and masks (N, 1, H, W), bool.
     """
-    parser = _configuration(bundle, "inference", "evaluate")
+    parser = configuration(bundle, "inference", "evaluate")
     if "sprites" in parser:
         images = healthy_slices(bundle, dataset_dir, section, num_slices)
         masks = torch.zeros_like(images[:, :1], dtype=torch.bool)
@@ -156,24 +124,6 @@ def _quality(outputs: Tensor, masks: Tensor) -> dict[str, float]:
     }
 
 
-def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
-    """Print a table of the published procedure and of the bundle's default, on the same data with the same weights.
-
-    What the published procedure is, the network says (``published``, settings of its own). What is measured, and on what,
-    is up to the function that ``benchmark`` in the bundle's ``evaluate.json`` names; without it to
-    :func:`anomaly_benchmark`, whose arguments it has.
-    """
-    default = build_network(bundle, amp=False)
-    device = next(default.parameters()).device
-    networks = {"published": build_network(bundle, amp=False, **default.published), "default": default}
-    if has_bfloat16(device.type):
-        networks["default, bfloat16"] = build_network(bundle, amp=True)
-    settings = ", ".join(f"{key} {value}" for key, value in default.published.items())
-    logger.info(f"{bundle.name} on {dataset_dir} ({section}); published: {settings}")
-    own = ConfigParser.load_config_file(bundle / "configs" / "evaluate.json").get("benchmark")
-    return (locate(own) if own else anomaly_benchmark)(bundle, networks, dataset_dir, number, section)
-
-
 def anomaly_benchmark(
     bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: str, number: int, section: str
 ) -> list[dict]:
@@ -200,85 +150,11 @@ def anomaly_benchmark(
     trial = Trial(
         images.split(1),
         "slice",
-        _configuration(bundle, "inference")["batch_size"],
+        configuration(bundle, "inference")["batch_size"],
         judge=lambda outputs: _quality(torch.cat(outputs), masks),
         columns={"dice": "Dice (Otsu)", "best_dice": "largest Dice", "auroc": "AUROC", "healthy_ratio": "healthy / lesion"},
     )
     return compare(networks, trial, next(published.parameters()).device)
-
-
-class DenseCorrelation(nn.Module):
-    """Mean squared local correlation, negated, by one dense convolution a sum, as the published training computes it.
-
-    Args:
-        kernel_size: edge of the window in voxels.
-    """
-
-    def __init__(self, kernel_size: int = 9) -> None:
-        super().__init__()
-        self.register_buffer("window", torch.ones(1, 1, *[kernel_size] * 3))
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Of images (B, 1, H, W, D); a scalar."""
-        images = (pred, target, pred * pred, target * target, pred * target)
-        p, t, pp, tt, pt = (nn.functional.conv3d(image, self.window, padding="same") for image in images)
-        number = self.window.numel()
-        spread = ((pp - p * p / number).clamp(min=1e-5), (tt - t * t / number).clamp(min=1e-5))
-        return -((pt - p * t / number) ** 2 / (spread[0] * spread[1])).mean()
-
-
-def cine_benchmark(
-    bundle: Path, networks: Mapping[str, nn.Module], dataset_dir: str, number: int, section: str
-) -> list[dict]:
-    """Work and speed of inference, see :func:`scripts.speed.compare`, and of a training step by the window.
-
-    ``without refinement`` does what the published procedure does; ``difference`` is the largest one of a frame from the
-    published one's, the source's range being 2.
-
-    Args:
-        bundle: folder of a bundle of cines.
-        networks: see :func:`scripts.speed.compare`.
-        dataset_dir: folder of the cines.
-        number: number of cines.
-        section: section of the cines.
-    """
-    parser = _configuration(bundle, "train")
-    parser["dataset_dir"], parser["training_section"] = str(dataset_dir), section
-    dataset = parser.get_parsed_content("train#dataset")
-    cines = [dataset[(i, i)]["image"][None] for i in range(min(number, len(dataset)))]
-    device = next(networks["published"].parameters()).device
-    published = [networks["published"](cine[:, [0, -1]].to(device)).cpu() for cine in cines]
-
-    def difference(frames: list[Tensor]) -> dict[str, float]:
-        return {"difference": max((made - true).abs().max().item() for made, true in zip(frames, published, strict=True))}
-
-    trial = Trial(
-        [cine[:, [0, -1]] for cine in cines],
-        "cine",
-        judge=difference,
-        columns={"difference": ("largest difference", ".1e")},
-        others={"without refinement": build_network(bundle, amp=False, refinement_steps=0)},
-    )
-    rows = compare(networks, trial, device)
-    trained, cine = parser.get_parsed_content("network_def").to(device).train(), cines[0].to(device)
-    seconds = []
-    for similarity in (trained.similarity, DenseCorrelation().to(device)):
-        trained.similarity = similarity
-        seconds.append(_seconds_of_training_step(trained, cine))
-    logger.info(f"training step {seconds[0]:.3f} s, with a dense window {seconds[1] / seconds[0]:.2f} times as long")
-    return rows
-
-
-def _seconds_of_training_step(network: nn.Module, cine: Tensor, repeats: int = 3) -> float:
-    """The shortest of several, after one that pays for set-up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        loss = sum(network.losses(cine, None, torch.Generator(cine.device)).values())
-        loss.backward()
-        loss.item()  # waits for a GPU
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds[1:])
 
 
 def tune(

@@ -1,8 +1,7 @@
-"""How well a motion is generated: frames against the real ones, labels at the target, folding, smoothness, volumes."""
+"""How generated cines differ from real ones."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,41 +12,14 @@ from ignite.engine import Engine
 from monai.config import NdarrayOrTensor, PathLike
 from monai.utils import convert_to_numpy
 from skimage.metrics import peak_signal_noise_ratio
-from torch import Tensor
 
-from scripts.figures import volume_curves
 from scripts.files import written_aside
 from scripts.metrics import CohortMetrics, dice
+from scripts.tasks.motion.figures import volume_curves
 
-__all__ = [
-    "STRUCTURES",
-    "CineMetrics",
-    "frame_errors",
-    "jacobian_determinant",
-    "second_difference",
-    "structure_dice",
-    "volume_curve",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = ["CineMetrics", "STRUCTURES", "frame_errors", "second_difference", "structure_dice", "volume_curve"]
 
 STRUCTURES = {"rv": 1, "myo": 2, "lv": 3}  # ACDC's labels: right ventricle, myocardium, left ventricle
-
-
-def jacobian_determinant(displacement: NdarrayOrTensor) -> Tensor:
-    """Determinant of the Jacobian of x -> x + displacement(x), by central differences (one-sided at the border).
-
-    Args:
-        displacement: (..., 3, H, W, D), in voxels along the three axes.
-
-    Returns:
-        (..., H, W, D): 1 where volume is kept, 0 or less where space folds over. An axis of one voxel has no derivative.
-    """
-    field = torch.as_tensor(displacement).movedim(-4, -1)
-    slopes = [torch.gradient(field, dim=i)[0] if field.shape[i] > 1 else torch.zeros_like(field) for i in (-4, -3, -2)]
-    x, y, z = (slope + axis for slope, axis in zip(slopes, torch.eye(3).to(field), strict=True))
-    # the triple product has a gradient everywhere, which torch.linalg.det does not where it is 0
-    return (x * torch.linalg.cross(y, z)).sum(dim=-1)
 
 
 def frame_errors(generated: NdarrayOrTensor, real: NdarrayOrTensor) -> tuple[float, float]:

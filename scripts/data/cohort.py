@@ -1,0 +1,94 @@
+"""The cases of a run: which are left to do, and which can't be read."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from monai.utils import ensure_tuple
+from torch.utils.data import Dataset
+
+__all__ = ["CohortDataset", "generated_cases", "root_cause", "unfinished"]
+
+logger = logging.getLogger(__name__)
+
+
+def generated_cases(number: int, seed: int = 0, label: int | None = None) -> list[dict]:
+    """Cases of a generative network: ``generated_<seed>`` with ``seed``, and ``class_label`` if a class is wanted.
+
+    Args:
+        number: how many; their seeds follow each other.
+        seed: seed of the first, 0 or more.
+        label: class of all, for a network that was trained with classes.
+
+    Raises:
+        ValueError: if there is none to generate, or a seed does not lie in 0 ... 2^32 - 1.
+    """
+    if number < 1:
+        raise ValueError(f"--number must be at least 1, got {number}")
+    if not 0 <= seed <= 2**32 - number:
+        raise ValueError(f"--seed must be 0 or more, and the last of {number} below 2^32, got {seed}")
+    chosen = {} if label is None else {"class_label": label}
+    return [{"case": f"generated_{s}", "seed": s, **chosen} for s in range(seed, seed + number)]
+
+
+def unfinished(
+    cases: list[dict],
+    output_dir: str | Path,
+    overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    table: str = "results.csv",
+) -> list[dict]:
+    """Cases that have no row yet in ``output_dir/<table>``, or all of them with ``overwrite``.
+
+    Of several processes each takes every ``world_size``-th case, beginning with number ``rank``; what is finished is left
+    out only then, so that a case stays with its process when another one was faster.
+    """
+    cases = cases[rank::world_size]
+    results = Path(output_dir) / table
+    if overwrite or not results.is_file():
+        return cases
+    with open(results, newline="", encoding="utf-8") as file:
+        finished = {row["case"] for row in csv.DictReader(file)}
+    left = [case for case in cases if case["case"] not in finished]
+    if len(left) < len(cases):
+        logger.info(f"{len(cases) - len(left)} cases are finished already (--overwrite true does them again)")
+    return left
+
+
+def root_cause(error: BaseException) -> str:
+    """One line that says what went wrong, from below the layers that MONAI's ``Compose`` wraps around an error."""
+    while str(error).startswith("applying transform") and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class CohortDataset(Dataset):
+    """Dataset of cases in which one that can't be read does not stop the others.
+
+    Such a case comes as ``{"case": name, "failure": one line}``, which
+    :class:`scripts.engines.CohortEvaluator` reports and leaves out.
+
+    Args:
+        data: cases.
+        transform: preprocessing.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Callable) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict:
+        case = self.data[index]
+        try:
+            return self.transform(dict(case))
+        except Exception as error:
+            reason, paths = root_cause(error), [path for path in ensure_tuple(case.get("image")) if path]
+            if paths and case["case"] not in reason:  # not every error names its file
+                reason = f"{paths[0]}: {reason}"
+            return {"case": case["case"], "failure": reason}

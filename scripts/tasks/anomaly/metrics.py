@@ -1,0 +1,242 @@
+"""How well anomaly maps fit masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import NdarrayOrTensor, PathLike
+from monai.metrics import compute_dice
+from monai.utils import convert_to_tensor
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+
+from scripts.metrics import CohortMetrics, dice
+
+__all__ = ["AnomalyMetrics", "BinnedScores"]
+
+
+class BinnedScores:
+    """Scores of positives and negatives as two histograms: measures over any number of scores in flat memory.
+
+    Bin 0 holds the scores at or below the lower bound, bin k the scores in ``(edge[k - 1], edge[k]]``, the last one
+    also the scores above the upper bound. "Score > threshold" is therefore exact wherever the threshold is an edge, and
+    the many zeros of a map stay apart from small scores.
+
+    Args:
+        bins: number of equal steps between the bounds; every measure is that of the scores rounded up to a step.
+        value_range: lower and upper bound of the scores. Scores beyond it are not told apart from each other.
+
+    Raises:
+        ValueError: when ``bins`` is below 1 or the range is empty.
+    """
+
+    def __init__(self, bins: int = 4096, value_range: tuple[float, float] = (0.0, 1.0)) -> None:
+        low, high = value_range
+        if bins < 1 or not low < high:
+            raise ValueError(f"At least one bin and a rising range are needed, got bins={bins} and {value_range}.")
+        self.edges = np.linspace(low, high, bins + 1)
+        self.counts = np.zeros((2, bins + 1), dtype=np.int64)  # row 0: negatives, row 1: positives
+
+    def add(self, scores: NdarrayOrTensor, labels: NdarrayOrTensor) -> None:
+        """Count scores in.
+
+        Args:
+            scores: numbers of any shape.
+            labels: of the same shape, above 0 for positives.
+
+        Raises:
+            ValueError: when the shapes differ or a score is not a number.
+        """
+        scores, labels = torch.as_tensor(scores).double(), torch.as_tensor(labels) > 0
+        if scores.shape != labels.shape:
+            raise ValueError(f"Scores have shape {tuple(scores.shape)}, labels have {tuple(labels.shape)}.")
+        if scores.isnan().any():
+            raise ValueError("There are scores that are not a number (NaN).")
+        low, high, bins = self.edges[0], self.edges[-1], len(self.edges) - 1
+        index = ((scores - low) * (bins / (high - low))).ceil().clamp(0, bins).long()
+        for row, chosen in zip(self.counts, (~labels, labels), strict=True):
+            row += torch.bincount(index[chosen], minlength=bins + 1).cpu().numpy()
+
+    def auroc(self) -> float:
+        """Area under the receiver operating characteristic, in [0, 1]; NaN where a class is absent."""
+        return self._of_ranks(roc_auc_score)
+
+    def auprc(self) -> float:
+        """Average precision, in [0, 1]; NaN where a class is absent."""
+        return self._of_ranks(average_precision_score)
+
+    def best_dice(self) -> tuple[float, float]:
+        """Largest Dice over all thresholds from the lower bound up, and its threshold; NaN without positives."""
+        if not self.counts[1].any():
+            return math.nan, math.nan
+        dices = self._dices()
+        best = int(dices.argmax())
+        return float(dices[best]), float(self.edges[best])
+
+    def dice_at(self, threshold: float) -> float:
+        """Dice of "score > threshold", the threshold being rounded to the nearest edge; 1 where both are empty."""
+        return float(self._dices()[np.abs(self.edges - threshold).argmin()])
+
+    def _of_ranks(self, measure: Any) -> float:
+        if not self.counts.any(axis=1).all():
+            return math.nan
+        rank = np.arange(len(self.edges))  # both measures depend on the order of scores only
+        labels = np.repeat([0, 1], len(rank))
+        return float(measure(labels, np.tile(rank, 2), sample_weight=self.counts.ravel()))
+
+    def _dices(self) -> np.ndarray:
+        positives = self.counts[1].sum()
+        above = self.counts.sum(axis=1, keepdims=True) - self.counts.cumsum(axis=1)
+        size = above.sum(axis=0) + positives
+        return np.where(size > 0, 2 * above[1] / np.maximum(size, 1), 1.0)
+
+
+class AnomalyMetrics(CohortMetrics):
+    """Ignite handler that writes an anomaly evaluation: a row a case, and the figures pooled over the cohort.
+
+    It reads ``engine.state.batch`` and ``engine.state.output`` after the evaluator's postprocessing, lists with one dict a
+    case, which together hold:
+
+    - ``case``: name;
+    - ``label``: (1, H, W, D) ``MetaTensor``, lesion where above 0, whatever its class;
+    - ``pred``: (1, H, W, D), found mask;
+    - ``map``: (1, H, W, D), anomaly map, 0 or more;
+    - ``probability``: (1, H, W, D), probability of disease, constant over a slice, 0 on slices that were skipped.
+
+    Slices with 1 to ``min_lesion_area - 1`` lesion pixels are neither healthy nor diseased: they count in the voxel
+    figures only.
+
+    Columns of ``metrics.csv`` (NaN where a figure does not exist, e.g. AUROC of a case without lesion; rows ``mean``
+    and ``std``, over the cases that have the figure, come last):
+
+    - ``dice``: mask against label; ``best_dice``: largest Dice of the case's map over all thresholds;
+    - ``slice_dice``: mean Dice of slices with at least ``min_lesion_area`` lesion pixels;
+    - ``auroc``, ``auprc``: of the map over all voxels;
+    - ``lesion_mean``: mean map in the lesion; ``healthy_slice_mean``: mean map over slices without lesion;
+    - ``predicted_ml``, ``true_ml``: volumes in millilitres; ``num_slices``: slices that were not skipped.
+
+    Pooled figures, in ``engine.state.metrics`` and ``metrics_summary.json`` (null where a figure does not exist):
+
+    - ``num_cases``, ``dice_mean``, ``dice_std``;
+    - ``best_dice``, ``best_threshold``: largest Dice with one threshold for all voxels of the cohort;
+    - ``auroc``, ``auprc``: of all voxels;
+    - ``best_dice_lesion_slices``, ``auroc_lesion_slices``, ``auprc_lesion_slices``: the same of slices with a lesion voxel
+      only (the literature has both);
+    - ``slice_auroc``, ``slice_auprc``: probability against "diseased slice", without ambiguous and skipped slices;
+    - ``healthy_ratio``: mean map over slices without lesion, divided by mean map in lesions.
+
+    Args:
+        output_dir: folder of the two files, made if it is missing.
+        value_range: bounds of the anomaly map; values beyond it are not told apart from each other.
+        slice_dim: spatial axis that slices are counted along: 0, 1 or 2.
+        min_lesion_area: lesion pixels from which a slice counts as diseased.
+        filename: name of the table; the pooled figures are in ``<its stem>_summary.json``.
+    """
+
+    def __init__(
+        self,
+        output_dir: PathLike,
+        value_range: tuple[float, float] = (0.0, 3.0),
+        slice_dim: int = 2,
+        min_lesion_area: int = 20,
+        filename: str = "metrics.csv",
+    ) -> None:
+        self.value_range = value_range
+        self.slice_dim = slice_dim
+        self.min_lesion_area = min_lesion_area
+        super().__init__(output_dir, filename)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.voxels = BinnedScores(value_range=self.value_range)
+        self.lesion_slice_voxels = BinnedScores(value_range=self.value_range)
+        self.slices = BinnedScores(value_range=(-16.0, 16.0))  # logits: many probabilities lie close to 0 and 1
+        self.sums = torch.zeros(2, 2, dtype=torch.float64)  # healthy slices, lesions: sum of the map, voxels
+
+    def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """Count one case into the pooled figures.
+
+        Args:
+            case: dict as described above.
+
+        Returns:
+            the case's row.
+
+        Raises:
+            ValueError: when the label is missing, a shape differs from the map's, or the map holds NaN.
+        """
+        name = case["case"]
+        if case.get("label") is None:
+            raise ValueError(
+                f"Case {name} has no label to evaluate against: add one to the data set, leave the case out, or run "
+                "inference only."
+            )
+        shape = tuple(case["map"].shape)
+        for key in ("label", "pred", "probability"):
+            if tuple(case[key].shape) != shape:
+                raise ValueError(f"Case {name}: {key} has shape {tuple(case[key].shape)}, the anomaly map has {shape}.")
+
+        anomaly = self._slices(case["map"]).double()
+        label = self._slices(case["label"]) > 0
+        pred = self._slices(case["pred"]) > 0
+        probability = self._slices(case["probability"]).amax(dim=1)
+        if anomaly.isnan().any():
+            raise ValueError(f"Case {name}: its anomaly map has voxels that are not a number (NaN).")
+
+        area = label.sum(dim=1)
+        shown = probability > 0
+        healthy = shown & (area == 0)
+        diseased = area >= self.min_lesion_area
+        clear = healthy | (shown & diseased)
+
+        voxels = BinnedScores(value_range=self.value_range)
+        voxels.add(anomaly, label)
+        self.voxels.counts += voxels.counts
+        self.lesion_slice_voxels.add(anomaly[area > 0], label[area > 0])
+        self.slices.add(torch.logit(probability[clear].double(), eps=1e-7), diseased[clear])
+        for sums, values in zip(self.sums, (anomaly[healthy], anomaly[label]), strict=True):
+            sums += torch.stack([values.sum(), torch.tensor(values.numel())])
+
+        voxel_ml = abs(float(torch.linalg.det(case["label"].affine[:3, :3].double()))) / 1000
+        slice_dices = compute_dice(pred[diseased, None], label[diseased, None]) if diseased.any() else torch.empty(0)
+        return {
+            "case": name,
+            "dice": dice(pred, label),
+            "best_dice": voxels.best_dice()[0],
+            "slice_dice": slice_dices.mean().item(),
+            "auroc": voxels.auroc(),
+            "auprc": voxels.auprc(),
+            "lesion_mean": anomaly[label].mean().item(),
+            "healthy_slice_mean": anomaly[healthy].mean().item(),
+            "predicted_ml": pred.sum().item() * voxel_ml,
+            "true_ml": label.sum().item() * voxel_ml,
+            "num_slices": shown.sum().item(),
+        }
+
+    def _slices(self, volume: NdarrayOrTensor) -> Tensor:
+        """(1, H, W, D) to (slices, pixels of a slice), a plain tensor on the CPU."""
+        volume = convert_to_tensor(volume, device="cpu", track_meta=False)[0]
+        return volume.movedim(self.slice_dim, 0).flatten(1)
+
+    def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
+        best_dice, best_threshold = self.voxels.best_dice()
+        healthy_mean, lesion_mean = self.sums[:, 0] / self.sums[:, 1]
+        return {
+            "num_cases": len(self.rows),
+            "dice_mean": mean["dice"],
+            "dice_std": std["dice"],
+            "best_dice": best_dice,
+            "best_threshold": best_threshold,
+            "auroc": self.voxels.auroc(),
+            "auprc": self.voxels.auprc(),
+            "best_dice_lesion_slices": self.lesion_slice_voxels.best_dice()[0],
+            "auroc_lesion_slices": self.lesion_slice_voxels.auroc(),
+            "auprc_lesion_slices": self.lesion_slice_voxels.auprc(),
+            "slice_auroc": self.slices.auroc(),
+            "slice_auprc": self.slices.auprc(),
+            "healthy_ratio": (healthy_mean / lesion_mean).item(),
+        }

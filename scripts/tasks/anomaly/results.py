@@ -1,0 +1,86 @@
+"""Writes what an anomaly bundle makes of a case."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.transforms import Orientation
+
+from scripts.data.cohort import root_cause
+from scripts.data.dicom import write_segmentation
+from scripts.results import FolderSaver, millilitres, write_nifti
+from scripts.tasks.anomaly.figures import overview
+
+__all__ = ["CaseSaver"]
+
+logger = logging.getLogger(__name__)
+
+
+class CaseSaver(FolderSaver):
+    """Write what an anomaly bundle makes of each case, see :class:`FolderSaver`.
+
+    ``<case>/<case>_seg.nii.gz`` (uint8, from ``pred``), ``_map.nii.gz`` (float32, from ``map``), ``_healthy.nii.gz`` (from
+    ``healthy``, in the scan's own units, sequences in the last axis), ``_overview.png``, and a row in ``results.csv``:
+    volume of the finding in ml, score (largest mean of the anomaly map over a slice), trust (largest of the classifier's
+    probabilities of disease over the slices).
+
+    Of a case that was read from the folder of a DICOM series, also ``_seg.dcm``, see
+    :func:`scripts.data.dicom.write_segmentation`. Where that can't be made (no geometry, several frames a file, …) a warning
+    says why, and the case is kept without it: the NIfTI files hold all results.
+
+    Args:
+        output_dir: where to.
+        meta: the bundle's metadata, for its name, version and labels.
+        weights: the bundle's weights, for their hash.
+        channel: sequence that the overview picture shows.
+        picture: whether to draw the overview picture.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, meta: Mapping[str, Any], weights: str | Path, channel: int = 0, picture: bool = True
+    ) -> None:
+        super().__init__(output_dir, meta, weights, picture)
+        self.channel = channel
+
+    def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
+        mask, anomaly = case["pred"], case["map"]
+        write_nifti(folder / f"{name}_seg.nii.gz", mask, np.uint8)
+        write_nifti(folder / f"{name}_map.nii.gz", anomaly, np.float32)
+        write_nifti(folder / f"{name}_healthy.nii.gz", case["healthy"], np.float32)
+        source = case["image"].meta.get("filename_or_obj")
+        if source and Path(source).is_dir():
+            self._write_dicom(folder / f"{name}_seg.dcm", source, mask)
+        if self.picture:
+            upright = Orientation(axcodes="RAS", labels=None)  # as overview draws axial slices
+            overview(
+                folder / f"{name}_overview.png",
+                image=upright(case["image"]),
+                healthy=upright(case["healthy"]),
+                anomaly_map=upright(anomaly),
+                mask=upright(mask),
+                label=upright(case["label"]) if case.get("label") is not None else None,
+                title=name,
+                channel=self.channel,
+            )
+
+    def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "finding_ml": f"{millilitres(case['pred']):.3f}",
+            "score": f"{case['map'][0].flatten(0, 1).mean(dim=0).max().item():.5f}",
+            "trust": f"{case['probability'].max().item():.4f}",
+        }
+
+    def _write_dicom(self, path: Path, series_dir: str, mask: Any) -> None:
+        """Write the mask as DICOM, or a line that says why not; only a disk that can't be written fails the case."""
+        try:
+            labels = self.meta["network_data_format"]["outputs"]["pred"]["channel_def"]
+            names = [labels[number] for number in sorted(labels, key=int) if number != "0"]
+            write_segmentation(path, series_dir, mask, names, self.bundle, self.version, self.weights_hash)
+        except OSError:
+            raise
+        except Exception as error:  # the library has many ways to refuse a header
+            logger.warning(f"no {path.name}, the NIfTI files hold the results: {root_cause(error)}")

@@ -1,0 +1,106 @@
+"""Writes what a motion bundle makes of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
+from monai.transforms import Orientation
+
+from scripts.results import FolderSaver, millilitres, write_nifti
+from scripts.tasks.motion.figures import cine_animation, cine_overview
+from scripts.tasks.motion.metrics import volume_curve
+from scripts.tasks.motion.transforms import turn_vectors
+
+__all__ = ["CineSaver"]
+
+
+class CineSaver(FolderSaver):
+    """Write what a motion bundle makes of each case, see :class:`FolderSaver`.
+
+    All images lie on the scan's own grid, with the affine of its file:
+
+    - ``<case>/<case>_cine.nii.gz``: generated frames (H, W, D, F), float32, in the scan's own units; the time between two
+      frames is in the header where the scan's file has one;
+    - ``_displacement.nii.gz``: (H, W, D, F, 3), float32, NIfTI intent ``DISPVECT``: vectors in mm towards the right, the
+      front and the head (RAS) by the affine of the file; a voxel of a frame took the source at its place plus the vector;
+    - ``_labels.nii.gz``: label map of every frame (H, W, D, F), uint8, if one of the source was given;
+    - ``_seg.nii.gz``: (H, W, D), uint8, from ``pred``: 1 where tissue moves;
+    - ``_overview.png`` and ``_cine.gif``, see :mod:`scripts.tasks.motion.figures`.
+
+    A row in ``results.csv`` has the number of frames, the volume of what moves in ml, volumes of the left ventricle in the
+    first and the last frame (empty without labels), the largest displacement in mm, and the share of voxels in percent
+    that the displacement folds, in the frame with most of them. Where the header had lost its spacing, mm and ml of the row
+    are by the spacing that was assumed in its place.
+
+    Args:
+        output_dir: where to.
+        meta: the bundle's metadata, for its name and version.
+        weights: the bundle's weights, for their hash.
+        gammas: fractions of the way from source to target that the frames stand for; None for evenly spaced ones.
+        picture: whether to draw the pictures.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        meta: Mapping[str, Any],
+        weights: str | Path,
+        gammas: Sequence[float] | None = None,
+        picture: bool = True,
+    ) -> None:
+        super().__init__(output_dir, meta, weights, picture)
+        self.gammas = gammas
+
+    def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
+        frames, displacement, cine = case["frames"], case["displacement"], case["cine"]
+        affine = np.asarray(cine.meta["original_affine"])
+        seconds = 0.0 if self.gammas else float(cine.meta["time_step"]) * (len(cine) - 1) / (len(frames) - 1)
+        write_nifti(folder / f"{name}_cine.nii.gz", frames, np.float32, affine, seconds)
+        if "labels" in case:
+            write_nifti(folder / f"{name}_labels.nii.gz", case["labels"], np.uint8, affine, seconds)
+        write_nifti(folder / f"{name}_seg.nii.gz", case["pred"], np.uint8, affine)
+        _write_displacement(folder / f"{name}_displacement.nii.gz", displacement, affine)
+        if self.picture:
+            upright = Orientation(axcodes="RAS", labels=None)
+            frames, displacement, cine = (upright(item.cpu()) for item in (frames, displacement, cine))
+            spacing = affine_to_spacing(frames.affine).tolist()
+            directions = frames.affine[:3, :3] / torch.tensor(spacing)
+            cine_overview(
+                folder / f"{name}_overview.png",
+                frames,
+                turn_vectors(displacement.as_tensor(), directions.inverse()),
+                real=cine,
+                labels=upright(case["labels"].cpu()) if "labels" in case else None,
+                title=name,
+                fractions=self.gammas,
+                spacing=spacing,
+            )
+            cine_animation(folder / f"{name}_cine.gif", frames, cine, spacing)
+
+    def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
+        volumes = volume_curve(case["labels"].cpu(), case["cine"].affine) if "labels" in case else []
+        return {
+            "frames": str(len(case["frames"])),
+            "moving_ml": f"{millilitres(case['pred']):.1f}",
+            "lv_first_ml": f"{volumes[0]:.1f}" if volumes else "",
+            "lv_last_ml": f"{volumes[-1]:.1f}" if volumes else "",
+            "max_displacement_mm": f"{case['motion'].max().item():.2f}",
+            "folding_percent": f"{100 * case['folding']:.4f}",
+        }
+
+
+def _write_displacement(path: Path, displacement: MetaTensor, affine: np.ndarray) -> None:
+    """Write displacements (3 F, H, W, D), in mm by their own affine, as vectors (H, W, D, F, 3), in mm by another affine."""
+    matrix = torch.as_tensor(affine)[:3, :3].double() @ displacement.affine[:3, :3].double().inverse()
+    vectors = turn_vectors(displacement.as_tensor().cpu(), matrix)
+    vectors = vectors.reshape(-1, 3, *vectors.shape[1:]).permute(2, 3, 4, 0, 1)
+    file = nib.Nifti1Image(vectors.numpy().astype(np.float32), affine)
+    file.header.set_intent("displacement vector")
+    nib.save(file, path)
