@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 def _configuration(bundle: Path, *names: str) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([bundle / "configs" / f"{name}.json" for name in names])
+    parser["bundle_root"] = str(bundle)
     return parser
 
 
