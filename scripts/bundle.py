@@ -17,6 +17,7 @@ def configuration(bundle: Path, *names: str) -> ConfigParser:
     """The bundle's configurations of these names, the later ones overriding the earlier ones."""
     parser = ConfigParser()
     parser.read_config([bundle / "configs" / f"{name}.json" for name in names])
+    parser["bundle_root"] = str(bundle)
     return parser
 
 

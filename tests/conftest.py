@@ -10,9 +10,10 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -184,3 +185,24 @@ def save_turned(folder: Path, cine: np.ndarray, affine: np.ndarray) -> list[Path
 @pytest.fixture(scope="session")
 def bundle() -> Path:
     return ROOT / "bundles" / "brain_mri_anomaly_ddim"
+
+
+def code_of(*parts: object) -> set[Path]:
+    """The folders of the packages ``scripts`` that objects were made by, whatever has been imported since."""
+    files = [Path(type(part).__init__.__code__.co_filename).resolve() for part in parts]
+    return {next(folder for folder in file.parents if folder.name == "scripts") for file in files}
+
+
+def forget_code() -> dict[str, ModuleType]:
+    """Let Python forget the package ``scripts``; gives what it had loaded of it, by name."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "scripts"}
+
+
+@pytest.fixture
+def own_imports() -> Iterator[None]:
+    """Lets a test import another package ``scripts``, and puts back what was there."""
+    path, before = list(sys.path), forget_code()
+    yield
+    sys.path[:] = path
+    forget_code()
+    sys.modules.update(before)

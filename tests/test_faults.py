@@ -360,6 +360,7 @@ class Attack:
 def in_a_bundle(weights: Path) -> nn.Module:
     """The network of a bundle with these weights, as ``verify`` and ``benchmark`` make it."""
     bundle = shutil.copytree(HEAD, weights.parent / HEAD.name, ignore=shutil.ignore_patterns("model.pt", "scripts"))
+    (Path(bundle) / "scripts").symlink_to(HEAD / "scripts")
     shutil.copy(weights, Path(bundle) / "models" / "model.pt")
     return build_network(Path(bundle))
 

@@ -123,6 +123,14 @@ def test_verify_tells_a_missing_file(copy):
     assert release.verify(copy) == ["docs/data_license.txt is missing"]
 
 
+def test_verify_tells_a_link_to_no_code(copy, monkeypatch):
+    monkeypatch.setattr(release, "_run_faults", lambda *args: iter(()))
+    shutil.rmtree(copy / "scripts")
+    (copy / "scripts").symlink_to("../nowhere")
+    faults = release.verify(copy)
+    assert len(faults) == 2 and all(f"SystemExit: no scripts in {copy}" in fault for fault in faults)
+
+
 def test_verify_tells_results_that_are_not_turned_back(copy):
     config = copy / "configs" / "inference.json"
     parsed = json.loads(config.read_text(encoding="utf-8"))

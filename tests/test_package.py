@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,7 @@ import monai.bundle.scripts as monai_scripts
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import files_below, make_head, run, run_forked, save_nifti
+from conftest import code_of, files_below, make_head, run, run_forked, save_nifti
 
 from scripts.release.package import needed_modules, package, package_all
 
@@ -45,6 +46,7 @@ def make_bundle(folder: Path, name: str = "small_bundle", version: str = "0.1.0"
         "base.py": "",
         "networks/two.py": "from scripts.metrics import dice\n",
         "metrics.py": "",
+        "by_path.py": "",
         "__main__.py": "",
     }
     files = {
@@ -58,7 +60,9 @@ def make_bundle(folder: Path, name: str = "small_bundle", version: str = "0.1.0"
             }
         ),
         "configs/inference.json": json.dumps({"network_def": {"_target_": "scripts.networks.one.Net"}}),
-        "configs/other.json": json.dumps({"imports": ["$from scripts import transforms"]}),
+        "configs/other.json": json.dumps(
+            {"imports": ["$from scripts import transforms"], "code": "$run('./scripts/by_path.py') or '/scripts'"}
+        ),
         "docs/README.md": "# Small\n",
         "models/model.pt": "weights",
     }
@@ -160,8 +164,9 @@ def test_generated_files_stay_out(small, tmp_path):
     assert package(small, tmp_path / "two")["sha256"] == before
 
 
-def test_code_is_found_through_targets_import_lines_and_imports_of_every_kind(small):
-    modules = ("__init__", "base", "files", "losses", "networks/__init__", "networks/one", "networks/shared", "transforms")
+def test_code_is_found_through_targets_paths_import_lines_and_imports_of_every_kind(small):
+    modules = ["__init__", "base", "by_path", "files", "losses"]
+    modules += ["networks/__init__", "networks/one", "networks/shared", "transforms"]
     assert needed_modules(small) == [f"scripts/{module}.py" for module in modules]
 
 
@@ -260,7 +265,12 @@ def test_the_lists_name_every_zip_with_its_hashes(small, tmp_path):
 
 def serve_list(monkeypatch, folder: Path) -> None:
     """Let MONAI find the folder's list wherever it asks for one."""
-    answer = SimpleNamespace(text=(folder / "model_info.json").read_text(encoding="utf-8"), raise_for_status=lambda: None)
+    serve_text(monkeypatch, (folder / "model_info.json").read_text(encoding="utf-8"))
+
+
+def serve_text(monkeypatch, text: str) -> None:
+    """Let MONAI find a text wherever it asks for a list."""
+    answer = SimpleNamespace(text=text, raise_for_status=lambda: None)
     monkeypatch.setattr(monai_scripts, "has_requests", True)
     monkeypatch.setattr(monai_scripts, "requests", SimpleNamespace(get=lambda url, **_: answer))
 
@@ -285,7 +295,10 @@ def test_two_bundles_of_one_name_are_refused(small, tmp_path):
         package_all([small, other], tmp_path / "out")
 
 
-def test_monai_downloads_the_zip_and_finds_a_bundle(packaged, tmp_path, monkeypatch):
+@pytest.fixture
+def served(packaged, monkeypatch) -> Iterator[str]:
+    """Address on this machine that the packaged bundle's zip is served from."""
+
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
@@ -293,12 +306,29 @@ def test_monai_downloads_the_zip_and_finds_a_bundle(packaged, tmp_path, monkeypa
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=packaged["zip"].parent))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/{packaged['zip'].name}"
-        command = [sys.executable, "-m", "monai.bundle", "download", "--name", NAME, "--url", url]
-        done = subprocess.run([*command, "--bundle_dir", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}/{packaged['zip'].name}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_monai_downloads_the_zip_and_finds_a_bundle(packaged, served, tmp_path):
+    command = [sys.executable, "-m", "monai.bundle", "download", "--name", NAME, "--url", served]
+    done = subprocess.run([*command, "--bundle_dir", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert files_below(tmp_path / NAME) == files_below(packaged["folder"])
+
+
+@pytest.mark.usefixtures("own_imports")
+def test_monai_finds_a_bundle_on_a_release_page_and_loads_its_network(packaged, served, tmp_path, monkeypatch):
+    asset = {"name": packaged["zip"].name, "browser_download_url": served}
+    serve_text(monkeypatch, json.dumps([{"tag_name": "hosting_storage_v1", "assets": [asset]}]))
+    page = {"repo": "owner/name", "tag": "hosting_storage_v1"}
+    assert monai_scripts.get_all_bundles_list(**page) == [(NAME, "0.1.0")]
+    assert monai_scripts.get_bundle_versions(NAME, **page) == {"latest_version": "0.1.0", "all_versions": ["0.1.0"]}
+    assert monai_scripts.get_bundle_info(NAME, **page) == asset
+    monkeypatch.setattr(monai_scripts, "_get_git_release_url", lambda *args, **kwargs: served)
+    where = {"bundle_dir": str(tmp_path), "args_file": {"bundle_root": str(tmp_path / NAME)}}
+    release = {"source": "github", "repo": "owner/name/hosting_storage_v1"}
+    network = monai_scripts.load(NAME, workflow_type="inference", progress=False, **release, **where)
+    assert files_below(tmp_path / NAME).items() >= files_below(packaged["folder"]).items()
+    assert code_of(network) == {tmp_path / NAME / "scripts"}

@@ -20,7 +20,7 @@ FOLDERS = ("configs", "docs", "models")
 LARGE_FILES = ("large_files.json", "large_files.yaml", "large_files.yml")  # MONAI's names of the list of files to fetch
 FILES = ("LICENSE", *LARGE_FILES)
 GENERATED = (".ckpt", ".pyc")  # endings of what training and Python leave behind
-MODULE_NAME = re.compile(r"(?<![\w.])scripts(?:\.\w+)+")
+MODULE_NAME = re.compile(r"(?<![\w.])scripts(?:[./]\w+)+")  # dotted, or a path
 
 
 def package(bundle: Path, output_dir: Path) -> dict[str, object]:
@@ -120,7 +120,8 @@ def needed_modules(bundle: Path) -> list[str]:
         if path.name == "metadata.json":  # prose, which may well talk about the code
             continue
         for text in _strings(_read_json(path)):
-            names = MODULE_NAME.findall(text) + (list(_imports(text[1:], "", path)) if _is_import(text) else [])
+            names = [name.replace("/", ".") for name in MODULE_NAME.findall(text)]
+            names += list(_imports(text[1:], "", path)) if _is_import(text) else []
             for name in names:
                 module = _module_file(bundle, name)
                 if module is None:

@@ -87,7 +87,7 @@ def verify(bundle: Path, schema: str | None = None) -> list[str]:
     for check in (_metadata_faults, _property_faults, _weight_faults, _network_faults, _run_faults):
         try:
             faults += check(bundle, meta, schema) if check is _metadata_faults else check(bundle, meta)
-        except Exception as error:  # a check that can't be made is a fault of its own
+        except (Exception, SystemExit) as error:  # a check that can't be made is a fault of its own
             faults.append(f"{check.__name__[1:-7]}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
     return faults
 
@@ -139,6 +139,7 @@ def _network_faults(bundle: Path, meta: dict) -> Iterator[str]:
         meta_file=str(bundle / "configs" / "metadata.json"),
         config_file=str(bundle / "configs" / "inference.json"),
         device="cpu",
+        bundle_root=str(bundle),
     )
     yield from ()
 
