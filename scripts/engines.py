@@ -41,7 +41,8 @@ def _generator(*numbers: int) -> torch.Generator:
 
 def _tell_arithmetic(engine: Engine) -> None:
     """A line about what the run computes on, and in which arithmetic."""
-    if not idist.get_rank():
+    # not idist.get_rank(), for which all processes have to meet: one without cases does not come here
+    if not dist.is_initialized() or not dist.get_rank():
         device = engine.state.device
         logger.info(f"computing on {hardware(device)}, in {arithmetic(engine.network, device)}")
 

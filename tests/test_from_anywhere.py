@@ -131,9 +131,9 @@ def test_two_packaged_bundles_beside_each_other_each_run_with_their_own_code(pac
     made = {}
     for name in ("one", "two"):  # each writes a table or a sheet with its own name
         bundle = Path(shutil.copytree(packages / CHEST, tmp_path / name / CHEST))
-        code = (bundle / "scripts" / "handlers.py").read_text(encoding="utf-8")
+        code = (bundle / "scripts" / "tasks" / "generation" / "results.py").read_text(encoding="utf-8")
         code = code.replace('"generated.csv"', f'"{name}.csv"').replace("samples_{epoch", f"{name}_{{epoch")
-        (bundle / "scripts" / "handlers.py").write_text(code, encoding="utf-8")
+        (bundle / "scripts" / "tasks" / "generation" / "results.py").write_text(code, encoding="utf-8")
         made[bundle] = make(bundle, scans, tmp_path / name / "out")
     for bundle in made:
         made[bundle].run()
