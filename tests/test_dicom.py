@@ -12,13 +12,13 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import scripts.dicom
 import torch
 from conftest import make_head, rows_of, run_forked
 from monai.data import MetaTensor
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy.spatial.transform import Rotation
 
+from scripts.data import dicom
 from scripts.data.dicom import read_series, series_affine, write_segmentation
 from scripts.data.layouts import find_cases
 from scripts.data.reading import LoadSequencesd
@@ -268,12 +268,12 @@ def test_the_same_mask_gives_the_same_bytes_and_anything_else_another_object(tmp
 
 
 def test_a_series_without_the_patients_attributes_gets_an_object_with_empty_ones(tmp_path):
-    left_out = (*scripts.data.dicom.MAY_BE_EMPTY, "SeriesDate", "SeriesTime", "SeriesNumber")
+    left_out = (*dicom.MAY_BE_EMPTY, "SeriesDate", "SeriesTime", "SeriesNumber")
     folder = save_series(tmp_path / "series", **dict.fromkeys(left_out))
     mask = blob(load(folder))
     write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
     seg = pydicom.dcmread(tmp_path / "seg.dcm")
-    assert not any(seg.get(keyword) for keyword in scripts.data.dicom.MAY_BE_EMPTY) and seg.ContentDate == "19000101"
+    assert not any(seg.get(keyword) for keyword in dicom.MAY_BE_EMPTY) and seg.ContentDate == "19000101"
     same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
 
 
@@ -296,7 +296,7 @@ def test_slices_that_are_not_evenly_spaced_keep_their_own_places_and_a_warning_t
     mask = blob(load(folder))
     write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
     same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
-    (record,) = [r for r in caplog.records if r.name == "scripts.dicom"]
+    (record,) = [r for r in caplog.records if r.name == "scripts.data.dicom"]
     assert record.message.startswith(f"{folder}: a slice is missing, or the slices are unevenly spaced or tilted: up to")
     assert float(record.message.split("up to ")[1].split(" mm")[0]) == pytest.approx(off, abs=0.06)
 
@@ -341,7 +341,7 @@ def test_a_multi_frame_object_is_refused_with_the_mend(tmp_path):
 
 def test_the_module_can_be_imported_where_highdicom_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    spec = importlib.util.spec_from_file_location("dicom_without_highdicom", scripts.data.dicom.__file__)
+    spec = importlib.util.spec_from_file_location("dicom_without_highdicom", dicom.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(ImportError, match="highdicom"):

@@ -13,11 +13,12 @@ from PIL import Image
 from stand_in import StandInNet
 from torch import nn
 
-from scripts import generation
+from scripts.bundle import with_weights
 from scripts.data.reading import LoadSequencesd
 from scripts.data.slices import ExtractSlicesd
 from scripts.networks.orientation import OrientationNet
-from scripts.tasks.generation.evaluation import draw_samples, generation_table, real_images, with_weights
+from scripts.tasks.generation.benchmark import benchmark_sampling
+from scripts.tasks.generation.evaluation import draw_samples, generation_table, real_images
 from scripts.tasks.generation.metrics import (
     bound_terms,
     feature_network,
@@ -122,7 +123,7 @@ def test_a_bernoulli_bound_has_its_floor_beside_it_and_is_compared_by_its_eight_
 def test_the_feature_network_is_trained_once_and_then_read(tmp_path, caplog):
     training, held_out = images_of(16), images_of(4, seed=100)
     path = tmp_path / "out" / "feature_network.pt"
-    with caplog.at_level(logging.INFO, logger="scripts.generation"):
+    with caplog.at_level(logging.INFO, logger="scripts.tasks.generation.metrics"):
         first = feature_network(path, training, held_out, iterations=2)
     assert f"{float(first.accuracy):.1%} of the orientations" in caplog.text
     before = path.read_bytes()
@@ -261,7 +262,7 @@ def test_the_benchmark_times_both_samplings_from_the_same_noise(tmp_path, monkey
     (configs / "evaluate.json").write_text(json.dumps(evaluate))
     networks = {"default": StandInNet(), "published": StandInNet(**StandInNet.published)}
     with caplog.at_level(logging.INFO):
-        rows = generation.benchmark_sampling(tmp_path, networks, "nowhere", 6, "test")
+        rows = benchmark_sampling(tmp_path, networks, "nowhere", 6, "test")
     assert [row["method"] for row in rows] == ["published", "default", "default, batches of 4"]
     assert len({row["mmd"] for row in rows}) == 1 and math.isfinite(rows[0]["frechet"])
     assert "6 image(s)" in caplog.text and "Fréchet distance" in caplog.text

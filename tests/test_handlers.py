@@ -19,13 +19,15 @@ from monai.transforms import Compose
 from PIL import Image
 from torch import nn
 
-import scripts.handlers
+from scripts import handlers
 from scripts.data.cohort import generated_cases, unfinished
 from scripts.data.reading import LoadSequencesd
 from scripts.engines import CohortEvaluator, ema_of
 from scripts.files import sha256_of
 from scripts.handlers import Calibration, ModelSaver, ProgressBar, TrainingCheckpoint
+from scripts.tasks.anomaly import results as anomaly_results
 from scripts.tasks.anomaly.results import CaseSaver
+from scripts.tasks.generation import results as generation_results
 from scripts.tasks.generation.results import GeneratedSaver, SampleSheet
 from scripts.tasks.generation.transforms import SeededNoised, seeded_noise
 
@@ -102,7 +104,7 @@ def test_the_picture_is_a_png_and_can_be_left_out(tmp_path):
 
 def test_the_picture_shows_all_upright_with_the_label_and_the_channel_that_was_asked_for(tmp_path, monkeypatch):
     shown = {}
-    monkeypatch.setattr(scripts.handlers, "overview", lambda path, **kwargs: shown.update(kwargs))
+    monkeypatch.setattr(anomaly_results, "overview", lambda path, **kwargs: shown.update(kwargs))
     case = {**finding(), "label": volume(1, dtype=np.uint8)}
     saver(tmp_path, channel=1).save(case)
     assert (shown.pop("title"), shown.pop("channel")) == ("case1", 1)
@@ -173,7 +175,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_case_and_is_told_with_the_folder_and_the_mend(tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.handlers, "overview", no_space)
+    monkeypatch.setattr(anomaly_results, "overview", no_space)
     with pytest.raises(OSError, match=r"case1: can't write.*\(No space left on device\); free some space.*--output_dir"):
         saver(tmp_path).save(finding())
     assert os.listdir(tmp_path) == []
@@ -183,7 +185,7 @@ def test_a_full_disk_keeps_the_earlier_results_of_the_case(tmp_path, monkeypatch
     handler = saver(tmp_path)
     handler.save(finding())
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
-    monkeypatch.setattr(scripts.handlers, "overview", no_space)
+    monkeypatch.setattr(anomaly_results, "overview", no_space)
     with pytest.raises(OSError):
         handler.save(finding(seed=50))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
@@ -201,7 +203,7 @@ def from_dicom(tmp_path):
 
 def test_a_case_from_a_dicom_series_gets_a_dicom_segmentation_with_the_labels_of_the_bundle(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(scripts.handlers, "write_segmentation", lambda path, *args: made.append(args) or path.touch())
+    monkeypatch.setattr(anomaly_results, "write_segmentation", lambda path, *args: made.append(args) or path.touch())
     handler, case = from_dicom(tmp_path)
     handler.save(case)
     endings = ("healthy.nii.gz", "map.nii.gz", "seg.dcm", "seg.nii.gz")
@@ -220,7 +222,7 @@ def test_a_series_that_can_have_no_dicom_segmentation_keeps_its_nifti_files_and_
 
 
 def test_a_disk_that_fills_up_at_the_dicom_segmentation_leaves_no_half_case(tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.handlers, "write_segmentation", no_space)
+    monkeypatch.setattr(anomaly_results, "write_segmentation", no_space)
     handler, case = from_dicom(tmp_path)
     with pytest.raises(OSError, match="free some space"):
         handler.save(case)
@@ -259,9 +261,9 @@ def evaluation(output_dir, cases, **kwargs):
 
 def test_an_evaluator_saves_every_case_and_a_second_run_finishes_those_that_failed(tmp_path, monkeypatch):
     cases = [{"case": name, "seed": 10 * i} for i, name in enumerate("abc")]
-    overview = scripts.handlers.overview
+    overview = anomaly_results.overview
     monkeypatch.setattr(
-        scripts.handlers, "overview", lambda path, **k: (no_space if k["title"] == "b" else overview)(path, **k)
+        anomaly_results, "overview", lambda path, **k: (no_space if k["title"] == "b" else overview)(path, **k)
     )
     first = evaluation(tmp_path, cases)
     first.run()
@@ -359,7 +361,7 @@ def test_the_table_of_generated_images_holds_what_made_them(tmp_path):
 
 def test_a_batch_that_does_not_fit_on_the_disk_is_in_no_table_and_leaves_no_half_file(tmp_path, monkeypatch):
     handler = generated_saver(tmp_path)
-    monkeypatch.setattr(scripts.handlers.gzip, "compress", no_space)
+    monkeypatch.setattr(generation_results.gzip, "compress", no_space)
     with pytest.raises(OSError, match="generated_0: can't write the results .*free some space"):
         handler.save([generated(0), generated(1)])
     assert os.listdir(tmp_path) == ["generated_0.png"]
@@ -368,9 +370,9 @@ def test_a_batch_that_does_not_fit_on_the_disk_is_in_no_table_and_leaves_no_half
 def test_the_contact_sheet_shows_the_images_of_the_lowest_seeds_whoever_wrote_them(tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(
-        scripts.handlers, "contact_sheet", lambda path, images, **k: shown.update(k, images=images) or path.touch()
+        generation_results, "contact_sheet", lambda path, images, **k: shown.update(k, images=images) or path.touch()
     )
-    monkeypatch.setattr(scripts.handlers, "SHEET_SIZE", 2)
+    monkeypatch.setattr(generation_results, "SHEET_SIZE", 2)
     generated_saver(tmp_path).draw_contact_sheet()
     assert not os.listdir(tmp_path)
     for seed in (10, 9, 2):
@@ -399,7 +401,7 @@ def test_a_batch_that_fails_in_the_evaluator_is_told_image_by_image_and_done_by_
         return evaluator.failures
 
     cases = generated_cases(5, seed=7)
-    monkeypatch.setattr(scripts.handlers.gzip, "compress", no_space)
+    monkeypatch.setattr(generation_results.gzip, "compress", no_space)
     assert list(run_cohort(cases[:2])) == ["generated_7", "generated_8"]
     monkeypatch.undo()
     run_cohort(cases[:2])
@@ -484,7 +486,7 @@ def test_a_checkpoint_that_holds_a_program_is_refused(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_saved_every_few_minutes(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(scripts.handlers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(handlers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     handler, saved = TrainingCheckpoint(tmp_path / "a.ckpt", {}, None, minutes=2), []
     for clock[0] in range(0, 600, 50):
         handler(engine_at(clock[0]))

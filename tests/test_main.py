@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, save_patient, stand_in_engine
 
 from scripts import __main__ as main
-from scripts import release
 from scripts.data.cohort import generated_cases
+from scripts.release import verify
 from scripts.tasks.generation.results import GeneratedSaver
 from scripts.tasks.generation.transforms import seeded_noise
 
@@ -70,7 +70,7 @@ def test_verify_holds_the_metadata_against_monais_schema(copy):
     edit_metadata(copy, network_data_format={"inputs": {}})
     meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
     with pytest.raises(ValueError, match=r"'outputs' is a required property\s+Failed validating"):
-        list(release._metadata_faults(copy, meta, str(SCHEMA)))
+        list(verify._metadata_faults(copy, meta, str(SCHEMA)))
 
 
 def test_verify_takes_the_schema_from_the_given_file_and_never_from_the_network(copy, tmp_path, monkeypatch):
@@ -78,16 +78,16 @@ def test_verify_takes_the_schema_from_the_given_file_and_never_from_the_network(
     monkeypatch.setattr("monai.apps.utils.urlretrieve", lambda *args, **kwargs: pytest.fail("a download was begun"))
     schema = tmp_path / "schema.json"
     with pytest.raises(FileNotFoundError, match="schema.json: no such file"):
-        list(release._metadata_faults(copy, meta, str(schema)))
+        list(verify._metadata_faults(copy, meta, str(schema)))
     schema.write_text(json.dumps({"required": ["version"]}))
-    assert list(release._metadata_faults(copy, meta, str(schema))) == []
+    assert list(verify._metadata_faults(copy, meta, str(schema))) == []
     schema.write_text(json.dumps({"required": ["colour"]}))
     with pytest.raises(ValueError, match="'colour' is a required property"):
-        list(release._metadata_faults(copy, meta, str(schema)))
+        list(verify._metadata_faults(copy, meta, str(schema)))
 
 
 def test_verify_says_what_is_not_checked_without_a_schema(capsys, monkeypatch):
-    monkeypatch.setattr(release, "verify", lambda bundle, schema: [])
+    monkeypatch.setattr(main, "faults_of", lambda bundle, schema: [])
     main.verify(NAME)
     assert capsys.readouterr().out.splitlines() == [
         "not checked, as no --schema is given: the metadata beyond the required keys",
@@ -108,19 +108,19 @@ def test_verify_says_what_is_not_checked_without_a_schema(capsys, monkeypatch):
 def test_verify_tells_faults_of_the_metadata(copy, changes, fault):
     edit_metadata(copy, **changes)
     meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    assert any(fault in line for line in release._metadata_faults(copy, meta))
+    assert any(fault in line for line in verify._metadata_faults(copy, meta))
 
 
 def test_verify_tells_weights_that_are_not_the_published_ones(copy):
     weights = copy / "models" / "model.pt"
     weights.write_bytes(weights.read_bytes() + b"0")
     meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    assert "SHA-256" in next(release._weight_faults(copy, meta))
+    assert "SHA-256" in next(verify._weight_faults(copy, meta))
 
 
 def test_verify_tells_a_missing_file(copy):
     (copy / "docs" / "data_license.txt").unlink()
-    assert release.verify(copy) == ["docs/data_license.txt is missing"]
+    assert verify.verify(copy) == ["docs/data_license.txt is missing"]
 
 
 def test_verify_tells_results_that_are_not_turned_back(copy):
@@ -130,7 +130,7 @@ def test_verify_tells_results_that_are_not_turned_back(copy):
     steps.remove(next(step for step in steps if step["_target_"] == "Invertd"))
     parsed["num_steps"] = parsed["guidance_steps"] = 1
     config.write_text(json.dumps(parsed))
-    assert any("ASL" in fault for fault in release._orientation_faults(copy, {}))
+    assert any("ASL" in fault for fault in verify._orientation_faults(copy, {}))
 
 
 @pytest.mark.parametrize(("shape", "affine"), [((8, 9, 6), [-4.5, -4.5, 5, 1]), ((8, 9, 6, 3), [2, 2, 5, 1])])
@@ -147,11 +147,11 @@ def test_orientation_is_checked_on_demo_scans_of_one_sequence_and_of_several(
                 (output_dir / name).mkdir(parents=True, exist_ok=True)
                 nib.save(scan, output_dir / name / f"{name}_{ending}.nii.gz")
 
-    monkeypatch.setattr(release, "run_inference", copy_scans)
+    monkeypatch.setattr(verify, "run_inference", copy_scans)
     data = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     (tmp_path / "docs").mkdir()
     nib.save(nib.Nifti1Image(data, np.diag(affine)), tmp_path / "docs" / "demo.nii.gz")
-    faults = list(release._orientation_faults(tmp_path, {}))
+    faults = list(verify._orientation_faults(tmp_path, {}))
     assert len(faults) == (0 if turned_back else 3)
     assert all("ASL differs" in fault for fault in faults)
 
@@ -170,7 +170,7 @@ def generated(tmp_path, monkeypatch) -> dict[str, object]:
         saver.save([{**case, "pred": image} for case, image in zip(cases, pixels, strict=True)])
         saver.draw_contact_sheet()
 
-    monkeypatch.setattr(release, "run_inference", generate)
+    monkeypatch.setattr(verify, "run_inference", generate)
     return settings
 
 
@@ -178,12 +178,12 @@ CXR = {"name": "cxr", "version": "1.0"}
 
 
 def test_images_that_carry_their_mark_and_come_from_their_seeds_are_verified(generated, tmp_path):
-    assert list(release._generation_faults(tmp_path, CXR)) == []
+    assert list(verify._generation_faults(tmp_path, CXR)) == []
 
 
 def test_verify_tells_images_of_one_grey_level_and_marks_of_another_version(generated, tmp_path):
     generated["flat"] = True
-    faults = list(release._generation_faults(tmp_path, CXR | {"version": "2.0"}))
+    faults = list(verify._generation_faults(tmp_path, CXR | {"version": "2.0"}))
     assert faults == [
         fault
         for seed in (5, 6)
@@ -197,15 +197,15 @@ def test_verify_tells_images_of_one_grey_level_and_marks_of_another_version(gene
 
 def test_verify_tells_an_image_that_its_seed_alone_does_not_give(generated, tmp_path):
     generated["together"] = True
-    assert list(release._generation_faults(tmp_path, CXR)) == ["the image of seed 6 depends on what is generated beside it"]
+    assert list(verify._generation_faults(tmp_path, CXR)) == ["the image of seed 6 depends on what is generated beside it"]
 
 
 def test_a_network_that_noise_goes_into_is_verified_by_generating(tmp_path, monkeypatch):
-    monkeypatch.setattr(release, "_generation_faults", lambda *args: iter(["generated"]))
-    monkeypatch.setattr(release, "_orientation_faults", lambda *args: iter(["turned"]))
+    monkeypatch.setattr(verify, "_generation_faults", lambda *args: iter(["generated"]))
+    monkeypatch.setattr(verify, "_orientation_faults", lambda *args: iter(["turned"]))
     for kind, fault in (("noise", "generated"), ("image", "turned")):
         meta = {"network_data_format": {"inputs": {"image": {"type": kind}}}}
-        assert list(release._run_faults(tmp_path, meta)) == [fault]
+        assert list(verify._run_faults(tmp_path, meta)) == [fault]
 
 
 def test_benchmark_and_tune_print_their_tables(tmp_path):

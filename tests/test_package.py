@@ -91,7 +91,7 @@ def test_the_packaged_bundle_holds_docs_demo_weights_and_licence_and_no_link(pac
 
 
 def test_the_packaged_bundle_does_not_carry_what_it_does_not_need(packaged):
-    for other in ("scripts/__main__.py", "scripts/package.py", "scripts/networks/latent_anomaly.py"):
+    for other in ("scripts/__main__.py", "scripts/release/package.py", "scripts/networks/latent_anomaly.py"):
         assert other not in packaged["modules"]
     assert "scripts/networks/ddim_anomaly.py" in packaged["modules"]
 

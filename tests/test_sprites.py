@@ -12,8 +12,8 @@ from monai.bundle import ConfigWorkflow
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
-from scripts import sprites
 from scripts.metrics import dice
+from scripts.tasks.anomaly import evaluation
 from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites, sprite_scores, sprite_table, worst_cases
 
 FIGURES = ["best_dice", "best_threshold", "auprc", "auroc", "image_auroc", "image_auprc", "seconds"]
@@ -98,7 +98,7 @@ def test_the_contrast_of_sprites_lies_between_its_bounds(bounds):
 
 
 def test_contrast_bounds_that_no_sprite_can_meet_are_refused(monkeypatch):
-    monkeypatch.setattr(sprites, "MAX_DRAWS", 20)
+    monkeypatch.setattr(evaluation, "MAX_DRAWS", 20)
     with pytest.raises(ValueError, match="below the largest"):
         paint_sprites(make_slices(), contrast=(0.3, 0.3))
     with pytest.raises(ValueError, match="further apart"):
@@ -165,7 +165,7 @@ def test_healthy_and_painted_slices_are_both_needed():
 
 def test_the_table_has_a_row_for_each_network_and_seed(tmp_path, caplog):
     networks = {"good": Stub(), "blind": Stub(0.0)}
-    with caplog.at_level(logging.INFO, logger="scripts.sprites"):
+    with caplog.at_level(logging.INFO, logger="scripts.tasks.anomaly.evaluation"):
         rows = sprite_table(networks, make_slices(8), tmp_path / "out", seeds=[0, 5])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.csv", "metrics_summary.json"]
     written = read_rows(tmp_path / "out" / "metrics.csv")
@@ -190,7 +190,7 @@ def test_the_first_half_is_painted_and_slices_without_foreground_count_in_neithe
     images = make_slices(7)
     images[1] = 0.1
     network = Stub()
-    with caplog.at_level(logging.INFO, logger="scripts.sprites"):
+    with caplog.at_level(logging.INFO, logger="scripts.tasks.anomaly.evaluation"):
         rows = sprite_table({"net": network}, images, tmp_path, seeds=[2])
     assert "3 painted and 3 healthy slices" in caplog.text
     kept = images[[0, 2, 3, 4, 5, 6]]
