@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_patient
-from monai.losses import LocalNormalizedCrossCorrelationLoss
 from PIL import Image
 from torch import nn
 
 from scripts import speed
-from scripts.networks.ddim_anomaly import DDIMAnomalyNet
 from scripts.networks.healthy_model import HealthyModel
 from scripts.tasks.anomaly import benchmark
-from scripts.tasks.generation import benchmark as generation_benchmark
-from scripts.tasks.motion.benchmark import DenseCorrelation
 
 
 class Stub(nn.Module):
@@ -175,30 +171,3 @@ def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_de
     assert built[1][1].sizes[:12] == [1] * 12
     assert len({row["best_dice"] for row in rows}) == 1 and rows[0]["best_dice"] > 0.5
     assert all(text in caplog.text for text in ("published: num_steps 7", "12 slice(s)", "Dice (Otsu)"))
-
-
-def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(picture_bundle, built, monkeypatch):
-    asked = []
-    monkeypatch.setattr(generation_benchmark, "benchmark_sampling", lambda *args: asked.append(args) or "rows")
-    name = {"benchmark": "scripts.tasks.generation.benchmark.benchmark_sampling"}
-    (picture_bundle.path / "configs" / "evaluate.json").write_text(json.dumps(name))
-    assert speed.benchmark(picture_bundle.path, "data", 12, "test") == "rows"
-    ((bundle, networks, *rest),) = asked
-    assert bundle == picture_bundle.path and rest == ["data", 12, "test"]
-    assert networks["default"] is built[0][1] and networks["published"] is built[1][1]
-
-
-def test_the_published_procedure_of_guided_ddim_takes_every_level_by_single_steps():
-    network = DDIMAnomalyNet(1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0)
-    published = DDIMAnomalyNet(
-        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, **network.published
-    )
-    assert published._levels() == list(range(21))
-    assert (published.solver, published.guidance_steps, published.smoothing) == ("ddim", 0, 0.0)
-
-
-def test_a_dense_window_gives_the_correlation_that_monai_gives():
-    generator = torch.Generator().manual_seed(0)
-    pred, target = (torch.rand(1, 1, 12, 10, 11, generator=generator) for _ in range(2))
-    expected = LocalNormalizedCrossCorrelationLoss(kernel_size=5)(pred, target)
-    torch.testing.assert_close(DenseCorrelation(5)(pred, target), expected, rtol=1e-4, atol=1e-5)
