@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LGG = ROOT.parent / "shared" / "data" / "lgg"
 ACDC = ROOT.parent / "shared" / "data" / "acdc"
 MEDNIST = ROOT.parent / "shared" / "data" / "mednist"
+SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
 
 
 def run_command(config: str, *args: object) -> list[str]:
@@ -89,7 +90,8 @@ def _run_here(bundle: Path, command: list[str], out: Path, err: Path, memory: in
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     os.chdir(bundle)
     # the bundle finds its code by itself, not what the tests find
-    sys.path = [str(bundle), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
+    others = [path for path in sys.path if Path(path) != ROOT and not Path(path).is_relative_to(ROOT / "tests")]
+    sys.path = [str(bundle), *others]
     sys.argv = command[1:]
     runpy.run_module(command[1], run_name="__main__", alter_sys=True)
 

@@ -12,6 +12,7 @@ import numpy as np
 from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti, save_patient
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data.sections import section_of
 
@@ -81,6 +82,13 @@ TRAININGS = {
         {**CINE, "network_def#channels": [4, 4, 8], "network_def#deformation_out": 8, "clean_share": 0.0},
     ),
     "cardiac, VoxelMorph": (CARDIAC, ("train_voxelmorph",), {**CINE, "network_def#out_channels": 8}),
+}
+
+
+# settings of a quick training of the chest X-ray bundle by model, as arguments of a command
+TINY = {
+    "image": ("--network_def#channels", "[32,32]", "--network_def#num_steps", 2),
+    "medvdm": ("--network_def#hidden_size", 16, "--network_def#latent_size", 4, "--network_def#num_steps", 2),
 }
 
 
@@ -163,3 +171,15 @@ def train(name: str, data: Path, output: Path, device: str, iterations: int = 1,
     """Run one of :data:`TRAININGS`; the configuration with all its parts, as they are at the end."""
     bundle, names, settings = training(name, data, output, iterations)
     return run_workflow(bundle, names, device, settings | changes).parser
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every iteration, from TensorBoard's files, of which one process wrote one for training."""
+    found = []
+    for path in folder.glob("events*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if "loss" in events.Tags()["scalars"]:
+            found.append([event.value for event in events.Scalars("loss")])
+    assert len(found) == 1
+    return found[0]

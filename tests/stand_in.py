@@ -78,3 +78,10 @@ class Shrinking(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         self.displacement = self.displace(image)
         return image[:, :1].expand(-1, len(self.gammas), -1, -1, -1)
+
+
+class FewFeatures(nn.Module):
+    """Features that are four pixels of the image."""
+
+    def features(self, image):
+        return image[:, 0, 20, [5, 15, 25, 35]]

@@ -1,7 +1,7 @@
 """What goes wrong in a clinic and on a cluster: processes that are killed, files that are damaged, weights that attack.
 
 The numbers here are those of a short form; ``STRESS=1`` (``make stress``) takes the long one, which the README describes.
-Downloads and zips that attack are in ``test_download``.
+Downloads and zips that attack are in ``release/test_download``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from conftest import (
     start_forked,
 )
 from ignite.engine import Engine
+from made_inputs import save_series
 from monai.handlers import CheckpointLoader
 from PIL import Image
-from test_dicom import save_series
 from torch import nn
 
 from scripts.bundle import build_network

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from monai.losses import JukeboxLoss
@@ -14,6 +15,7 @@ from scripts.losses import (
     discretised_logistic,
     gaussian_kl,
     gradient_difference,
+    jacobian_determinant,
     variational_bound,
 )
 from scripts.samplers import alphas_cumprod_table, noise_image
@@ -185,3 +187,30 @@ def test_the_gradient_difference_is_that_of_the_amounts_along_both_axes():
     torch.testing.assert_close(gradient_difference(flat, ramp), torch.ones(2))
     torch.testing.assert_close(gradient_difference(ramp, ramp + ramp.mT), torch.ones(2))
     assert not gradient_difference(ramp, -ramp).any()
+
+
+def linear_field(matrix, shape=(6, 5, 4)):
+    """Displacement x -> matrix · x, in voxels."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij"))
+    return torch.einsum("ij,jhwd->ihwd", torch.tensor(matrix, dtype=torch.float64), places)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[0.1, 0, 0], [0, -0.2, 0], [0, 0, 0.3]],
+        [[0.1, 0.4, 0], [-0.3, -0.2, 0.2], [0.5, 0, 0.3]],
+        [[-2, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ],
+)
+def test_the_jacobian_of_a_linear_map_is_its_determinant_everywhere(matrix):
+    expected = np.linalg.det(np.eye(3) + np.array(matrix))
+    determinant = jacobian_determinant(linear_field(matrix))
+    assert determinant.shape == (6, 5, 4) and torch.allclose(determinant, torch.tensor(expected))
+
+
+def test_along_an_axis_of_one_voxel_nothing_is_stretched():
+    assert torch.allclose(
+        jacobian_determinant(linear_field(np.diag([0.5, 0.0, 7.0]), (6, 5, 1))), torch.tensor(1.5).double()
+    )

@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, finished, make_cine, make_ct_slice, rows_of, run_forked, save_nifti, save_patient, torchrun
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_chest_xray_training import TINY
+from small_runs import TINY, losses
 
 from scripts.data.sections import section_of
 
@@ -35,18 +34,6 @@ SMALL = {
     ("cardiac",): ("--spatial_size", "[32,32,8]"),
     ("cardiac", "voxelmorph"): ("--spatial_size", "[32,32,8]"),
 }
-
-
-def losses(folder: Path) -> list[float]:
-    """The loss of every iteration, from TensorBoard's files, of which one process wrote one for training."""
-    found = []
-    for path in folder.glob("events*"):
-        events = EventAccumulator(str(path))
-        events.Reload()
-        if "loss" in events.Tags()["scalars"]:
-            found.append([event.value for event in events.Scalars("loss")])
-    assert len(found) == 1
-    return found[0]
 
 
 @pytest.fixture(scope="module")

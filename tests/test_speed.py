@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from scripts import speed
 from scripts.speed import Trial, calls_counted, compare, gflop_of, peak_gflops
+from scripts.tasks.generation import benchmark as generation_benchmark
 
 CPU = torch.device("cpu")
 
@@ -107,3 +109,26 @@ def test_a_bundle_without_batches_and_hardware_without_bfloat16_have_no_rows_for
         rows = compare({"published": Net(2), "default": Net(1)}, Trial(shapes, "cine", others={"half way": Net(1)}), CPU)
     assert [row["method"] for row in rows] == ["published", "half way", "default"]
     assert "bfloat16: not native here" in caplog.text and "batches" not in caplog.text
+
+
+def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(tmp_path, monkeypatch):
+    class Published(Net):
+        published = {"steps": 7}
+
+    asked, built = [], []
+
+    def build_network(bundle, **settings):
+        built.append(Published(**settings))
+        return built[-1]
+
+    monkeypatch.setattr(speed, "build_network", build_network)
+    monkeypatch.setattr(speed, "has_bfloat16", lambda device_type: False)
+    monkeypatch.setattr(generation_benchmark, "benchmark_sampling", lambda *args: asked.append(args) or "rows")
+    name = {"benchmark": "scripts.tasks.generation.benchmark.benchmark_sampling"}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "evaluate.json").write_text(json.dumps(name))
+    assert speed.benchmark(tmp_path, "data", 12, "test") == "rows"
+    ((bundle, networks, *rest),) = asked
+    assert bundle == tmp_path and rest == ["data", 12, "test"]
+    assert list(networks) == ["published", "default"]
+    assert networks["default"] is built[0] and networks["published"] is built[1] and built[1].steps == 7

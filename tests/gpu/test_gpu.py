@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import finished, torchrun
-from small_runs import CHEST, INFERENCES, TRAININGS, infer, make_data, train, training
-from test_multi_gpu import losses
+from small_runs import CHEST, INFERENCES, TRAININGS, infer, losses, make_data, train, training
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(

@@ -11,15 +11,12 @@ import torch
 from conftest import ROOT, run_forked
 from monai.bundle import ConfigParser
 from PIL import Image
+from small_runs import TINY
 
 from scripts.networks.noise_schedules import SCHEDULES
 
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 CONFIGS = {"image": "configs/train.json", "medvdm": "['configs/train.json','configs/train_medvdm.json']"}
-TINY = {
-    "image": ("--network_def#channels", "[32,32]", "--network_def#num_steps", 2),
-    "medvdm": ("--network_def#hidden_size", 16, "--network_def#latent_size", 4, "--network_def#num_steps", 2),
-}
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributions import Normal
 from torch.nn import functional
 
+from scripts.networks.grey_levels import lattice_noise
 from scripts.networks.noise_schedules import SCHEDULES
-from scripts.networks.variational_diffusion import SAMPLERS, VariationalDiffusionNet, lattice_noise
+from scripts.networks.variational_diffusion import SAMPLERS, VariationalDiffusionNet
 from scripts.samplers import antithetic_times, noise_to_gamma
 
 TINY = {"spatial_size": (8, 8), "channels": (32, 32), "hidden_size": 16, "num_blocks": 2, "score_size": 16}

@@ -11,40 +11,12 @@ from conftest import make_cine, rows_of
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.losses import jacobian_determinant
 from scripts.tasks.motion.metrics import CineMetrics, frame_errors, second_difference, structure_dice, volume_curve
 
 AFFINE = np.diag([1.5, 2.0, 10.0, 1.0])
 
 
-def linear_field(matrix, shape=(6, 5, 4)):
-    """Displacement x -> matrix · x, in voxels."""
-    places = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij"))
-    return torch.einsum("ij,jhwd->ihwd", torch.tensor(matrix, dtype=torch.float64), places)
-
-
 # --- the figures themselves
-
-
-@pytest.mark.parametrize(
-    "matrix",
-    [
-        [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
-        [[0.1, 0, 0], [0, -0.2, 0], [0, 0, 0.3]],
-        [[0.1, 0.4, 0], [-0.3, -0.2, 0.2], [0.5, 0, 0.3]],
-        [[-2, 0, 0], [0, 0, 0], [0, 0, 0]],
-    ],
-)
-def test_the_jacobian_of_a_linear_map_is_its_determinant_everywhere(matrix):
-    expected = np.linalg.det(np.eye(3) + np.array(matrix))
-    determinant = jacobian_determinant(linear_field(matrix))
-    assert determinant.shape == (6, 5, 4) and torch.allclose(determinant, torch.tensor(expected))
-
-
-def test_along_an_axis_of_one_voxel_nothing_is_stretched():
-    assert torch.allclose(
-        jacobian_determinant(linear_field(np.diag([0.5, 0.0, 7.0]), (6, 5, 1))), torch.tensor(1.5).double()
-    )
 
 
 def test_frames_are_compared_between_the_ends_alone():

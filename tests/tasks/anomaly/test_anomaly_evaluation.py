@@ -1,25 +1,25 @@
 from __future__ import annotations
 
-import csv
 import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+from conftest import rows_of
 from matplotlib.image import imread
 from monai.bundle import ConfigWorkflow
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
-from scripts import sprites
 from scripts.metrics import dice
+from scripts.tasks.anomaly import evaluation
 from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites, sprite_scores, sprite_table, worst_cases
 
 FIGURES = ["best_dice", "best_threshold", "auprc", "auroc", "image_auroc", "image_auprc", "seconds"]
 
-
 Y, X = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+
 HEAD = (Y / 0.8) ** 2 + (X / 0.9) ** 2 < 1
 
 
@@ -51,11 +51,6 @@ class Items:
 
     def __init__(self, images, labels):
         self.slices = [{"image": x.half(), "class_label": c} for x, c in zip(images, labels, strict=True)]
-
-
-def read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_sprite_of_one_grey_level_is_painted_under_each_mask_and_nothing_else_changes():
@@ -98,7 +93,7 @@ def test_the_contrast_of_sprites_lies_between_its_bounds(bounds):
 
 
 def test_contrast_bounds_that_no_sprite_can_meet_are_refused(monkeypatch):
-    monkeypatch.setattr(sprites, "MAX_DRAWS", 20)
+    monkeypatch.setattr(evaluation, "MAX_DRAWS", 20)
     with pytest.raises(ValueError, match="below the largest"):
         paint_sprites(make_slices(), contrast=(0.3, 0.3))
     with pytest.raises(ValueError, match="further apart"):
@@ -165,10 +160,10 @@ def test_healthy_and_painted_slices_are_both_needed():
 
 def test_the_table_has_a_row_for_each_network_and_seed(tmp_path, caplog):
     networks = {"good": Stub(), "blind": Stub(0.0)}
-    with caplog.at_level(logging.INFO, logger="scripts.sprites"):
+    with caplog.at_level(logging.INFO, logger="scripts.tasks.anomaly.evaluation"):
         rows = sprite_table(networks, make_slices(8), tmp_path / "out", seeds=[0, 5])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.csv", "metrics_summary.json"]
-    written = read_rows(tmp_path / "out" / "metrics.csv")
+    written = rows_of(tmp_path / "out" / "metrics.csv")
     assert list(written[0]) == ["method", "seed", *FIGURES]
     assert [(row["method"], row["seed"]) for row in written] == [
         ("good", "0"),
@@ -190,7 +185,7 @@ def test_the_first_half_is_painted_and_slices_without_foreground_count_in_neithe
     images = make_slices(7)
     images[1] = 0.1
     network = Stub()
-    with caplog.at_level(logging.INFO, logger="scripts.sprites"):
+    with caplog.at_level(logging.INFO, logger="scripts.tasks.anomaly.evaluation"):
         rows = sprite_table({"net": network}, images, tmp_path, seeds=[2])
     assert "3 painted and 3 healthy slices" in caplog.text
     kept = images[[0, 2, 3, 4, 5, 6]]
@@ -203,7 +198,7 @@ def test_the_first_half_is_painted_and_slices_without_foreground_count_in_neithe
 def test_the_curve_rises_with_the_contrast_and_is_drawn_for_the_named_networks(tmp_path):
     networks = {"good": Stub(), "blind": Stub(0.0)}
     sprite_table(networks, make_slices(12), tmp_path, seeds=[0], contrasts=[0.0, 0.1, 0.3], curve_of=["good"])
-    points = read_rows(tmp_path / "contrast.csv")
+    points = rows_of(tmp_path / "contrast.csv")
     assert [(row["method"], row["contrast"]) for row in points] == [("good", c) for c in ("0.0", "0.1", "0.3")]
     dices = [float(row["best_dice"]) for row in points]
     assert dices == sorted(dices) and dices[0] < 0.9 < dices[2]
@@ -232,10 +227,10 @@ def test_the_worst_cases_are_the_slices_of_lowest_dice_in_this_order(tmp_path):
 
 def test_a_configuration_runs_the_whole_table(tmp_path):
     config = {
-        "network": {"_target_": "test_sprites.Stub"},
+        "network": {"_target_": "test_anomaly_evaluation.Stub"},
         "dataset": {
-            "_target_": "test_sprites.Items",
-            "images": "$__import__('test_sprites').make_slices(8)",
+            "_target_": "test_anomaly_evaluation.Items",
+            "images": "$__import__('test_anomaly_evaluation').make_slices(8)",
             "labels": [0] * 8,
         },
         "sprites": {"radius": [3, 6], "contrast": 0.2},

@@ -95,9 +95,10 @@ def test_the_packaged_bundle_holds_docs_demo_weights_and_licence_and_no_link(pac
 
 
 def test_the_packaged_bundle_does_not_carry_what_it_does_not_need(packaged):
-    for other in ("scripts/__main__.py", "scripts/package.py", "scripts/networks/latent_anomaly.py"):
-        assert other not in packaged["modules"]
-    assert "scripts/networks/ddim_anomaly.py" in packaged["modules"]
+    for other in ("__main__", "release/package", "networks/latent_anomaly", "tasks/motion/results"):
+        assert f"scripts/{other}.py" not in packaged["modules"]
+    for needed in ("networks/ddim_anomaly", "tasks/anomaly/results", "tasks/anomaly/benchmark"):
+        assert f"scripts/{needed}.py" in packaged["modules"]
 
 
 def test_the_packaged_bundle_runs_alone_in_another_place_with_the_same_voxels(packaged, bundle, tmp_path):

@@ -12,57 +12,18 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import scripts.dicom
 import torch
 from conftest import make_head, rows_of, run_forked
+from made_inputs import COLUMN_SPACING, NAMES, OBLIQUE, ORIGIN, ROW_SPACING, STEP, save_series
 from monai.data import MetaTensor
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
-from scipy.spatial.transform import Rotation
+from pydicom.uid import MRImageStorage
 
+from scripts.data import dicom
 from scripts.data.dicom import read_series, series_affine, write_segmentation
 from scripts.data.layouts import find_cases
 from scripts.data.reading import LoadSequencesd
 
-OBLIQUE = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix()  # columns: along a row, a column, the normal
-ROW_SPACING, COLUMN_SPACING, STEP, ORIGIN = 0.9, 0.7, 2.5, np.array([-11.0, -22.0, 33.0])
-NAMES = ["IM00012", "c.dcm", "1.2.840.99", "A.DCM", "b"]  # the first slice has none of the first names
 MADE_BY = {"bundle": "a_bundle", "version": "1.2.3", "weights": "abc"}
-
-
-def save_series(folder, voxels=None, axes=OBLIQUE, heights=None, names=NAMES, series="1", shift=(0, 0, 0), **attributes):
-    """A CT series of 64 columns and 48 rows, or of the given voxels (columns, rows, slices), with slices at the heights.
-
-    ``shift`` moves every slice against the one below, in mm. Attributes of the value None are left out.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    voxels = np.random.default_rng(0).integers(0, 900, (64, 48, 5)) if voxels is None else voxels
-    heights = STEP * np.arange(voxels.shape[2]) if heights is None else heights
-    for k, (height, name) in enumerate(zip(heights, names, strict=False)):
-        header = pydicom.Dataset()
-        header.file_meta = pydicom.dataset.FileMetaDataset()
-        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        header.SOPClassUID, header.Modality = CTImageStorage, "CT"
-        header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID, header.SOPInstanceUID = (
-            generate_uid(entropy_srcs=[x]) for x in ("study", f"series {series}", "frame", f"{series} {name}")
-        )
-        header.PatientID, header.PatientName, header.PatientSex, header.PatientBirthDate = "7", "Doe^Jane", "F", "19700203"
-        header.StudyID, header.StudyDate, header.StudyTime, header.AccessionNumber = "1", "20200102", "030405", "9"
-        header.Manufacturer, header.ManufacturerModelName = "Acme", "Scanner"
-        header.SeriesDate, header.SeriesTime, header.SeriesNumber, header.InstanceNumber = "20200102", "030500", 3, 99 - k
-        position = ORIGIN + height * axes[:, 2] + k * np.array(shift)
-        header.ImagePositionPatient = [f"{x:.6f}" for x in position]
-        header.ImageOrientationPatient = [f"{x:.9f}" for x in axes[:, :2].T.flatten()]
-        header.PixelSpacing, header.SliceThickness = [ROW_SPACING, COLUMN_SPACING], STEP
-        header.Columns, header.Rows, header.SamplesPerPixel = *voxels.shape[:2], 1
-        header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 1
-        header.PhotometricInterpretation, header.RescaleIntercept, header.RescaleSlope = "MONOCHROME2", 0, 1
-        header.PixelData = voxels[..., k].T.astype(np.int16).tobytes()
-        for keyword, value in attributes.items():
-            setattr(header, keyword, value)
-            if value is None:
-                delattr(header, keyword)
-        header.save_as(folder / name, enforce_file_format=True)
-    return folder
 
 
 def load(folder):
@@ -268,12 +229,12 @@ def test_the_same_mask_gives_the_same_bytes_and_anything_else_another_object(tmp
 
 
 def test_a_series_without_the_patients_attributes_gets_an_object_with_empty_ones(tmp_path):
-    left_out = (*scripts.data.dicom.MAY_BE_EMPTY, "SeriesDate", "SeriesTime", "SeriesNumber")
+    left_out = (*dicom.MAY_BE_EMPTY, "SeriesDate", "SeriesTime", "SeriesNumber")
     folder = save_series(tmp_path / "series", **dict.fromkeys(left_out))
     mask = blob(load(folder))
     write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
     seg = pydicom.dcmread(tmp_path / "seg.dcm")
-    assert not any(seg.get(keyword) for keyword in scripts.data.dicom.MAY_BE_EMPTY) and seg.ContentDate == "19000101"
+    assert not any(seg.get(keyword) for keyword in dicom.MAY_BE_EMPTY) and seg.ContentDate == "19000101"
     same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
 
 
@@ -296,7 +257,7 @@ def test_slices_that_are_not_evenly_spaced_keep_their_own_places_and_a_warning_t
     mask = blob(load(folder))
     write_segmentation(tmp_path / "seg.dcm", folder, mask, ["lesion"], **MADE_BY)
     same_places(places_in(tmp_path / "seg.dcm"), places_of(mask, folder))
-    (record,) = [r for r in caplog.records if r.name == "scripts.dicom"]
+    (record,) = [r for r in caplog.records if r.name == "scripts.data.dicom"]
     assert record.message.startswith(f"{folder}: a slice is missing, or the slices are unevenly spaced or tilted: up to")
     assert float(record.message.split("up to ")[1].split(" mm")[0]) == pytest.approx(off, abs=0.06)
 
@@ -341,7 +302,7 @@ def test_a_multi_frame_object_is_refused_with_the_mend(tmp_path):
 
 def test_the_module_can_be_imported_where_highdicom_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    spec = importlib.util.spec_from_file_location("dicom_without_highdicom", scripts.data.dicom.__file__)
+    spec = importlib.util.spec_from_file_location("dicom_without_highdicom", dicom.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(ImportError, match="highdicom"):

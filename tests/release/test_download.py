@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import files_below
 
-from scripts import download as module
+from scripts.release import download as module
 from scripts.release.download import DownloadError, download, large_files
 
 NAME = "small_bundle"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from scripts import demo
 from scripts.networks.ddim_anomaly import DDIMAnomalyNet
+from scripts.release import demo
 
 
 class Painter(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import report as module
+from scripts.release import report as module
 from scripts.release.report import report
 
 VOID = {"meta", "input", "img", "br", "link", "hr"}

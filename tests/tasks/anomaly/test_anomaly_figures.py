@@ -5,13 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import make_cine
+from made_inputs import draw, has_color
 from matplotlib.image import imread
-from PIL import Image
 
 from scripts.tasks.anomaly.figures import contrast_figure, guidance_table_figure, overview
-from scripts.tasks.generation.figures import contact_sheet, schedule_figure
-from scripts.tasks.motion.figures import cine_animation, cine_overview, volume_curves
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -30,18 +27,6 @@ def make_head(shape=(32, 40, 12), num_channels=2):
     stack = [np.stack([volume] * num_channels).astype(np.float32) for volume in (image, healthy)]
     mask = (x - 0.3) ** 2 + (y - 0.2) ** 2 + (z - 0.2) ** 2 < 0.06
     return *stack, anomaly[None].astype(np.float32), mask[None].astype(np.uint8), blob[None].astype(np.uint8)
-
-
-def draw(function, *args, **kwargs):
-    """Pixels of a figure, (height, width, 3) in 0 to 255."""
-    buffer = io.BytesIO()
-    function(buffer, *args, **kwargs)
-    buffer.seek(0)
-    return (imread(buffer)[..., :3] * 255).round().astype(int)
-
-
-def has_color(pixels, color):
-    return (np.abs(pixels - color).max(axis=-1) < 3).sum() > 50
 
 
 def test_an_overview_is_a_readable_png_that_two_runs_give_alike(tmp_path):
@@ -166,103 +151,3 @@ def test_the_contrast_figure_has_a_line_for_each_method_in_any_order_of_the_cont
     pixels = draw(contrast_figure, rows)
     assert has_color(pixels, (31, 119, 180)) and has_color(pixels, (255, 127, 14))
     np.testing.assert_array_equal(draw(contrast_figure, [rows[i] for i in (1, 2, 0, 4, 3, 5)]), pixels)
-
-
-def test_a_contact_sheet_shows_every_image_upright_and_carries_its_text():
-    images = np.zeros((5, 1, 8, 16), np.float32)  # the first axis runs to the right: 8 wide, 16 high
-    images[4, 0, :4, :8] = 1.0
-    buffer = io.BytesIO()
-    contact_sheet(buffer, images, titles=None, columns=3, text={"Description": "made"})
-    buffer.seek(0)
-    picture = Image.open(buffer)
-    assert picture.text == {"Description": "made"}
-    white = np.argwhere(np.asarray(picture.convert("L")) > 250)
-    (top, left), (bottom, right) = white.min(axis=0), white.max(axis=0) + 1
-    assert (bottom - top) / (right - left) == pytest.approx(2, rel=0.1)  # 8 high, 4 wide, in the second row and column
-    assert 0.4 < top / picture.height < 0.8 and 0.3 < left / picture.width < 0.6
-
-
-def test_titles_and_heading_of_a_contact_sheet_are_drawn_beside_the_images():
-    images = np.zeros((3, 1, 32, 32), np.float32)
-    bare, named = draw(contact_sheet, images), draw(contact_sheet, images, titles=["1", "2", "3"], heading="made")
-    assert bare.max() == 0 and (named > 200).any()
-
-
-def test_the_schedule_figure_shows_how_far_a_schedule_is_from_a_straight_line():
-    times = np.linspace(0, 1, 50)
-    straight, bent = (draw(schedule_figure, times, 18 * times**power - 13) for power in (1, 3))
-    assert straight.shape == bent.shape and (straight != bent).any()
-    assert np.array_equal(bent, draw(schedule_figure, torch.from_numpy(times), torch.from_numpy(18 * times**3 - 13)))
-
-
-# --- cines
-
-
-def frames(num_frames=4):
-    """A made cine and its labels, (F, H, W, D)."""
-    return [np.moveaxis(array, -1, 0) for array in make_cine(num_frames)]
-
-
-def moving(num_frames=4):
-    """Displacements (3 F, H, W, D) that grow with the frames, in the last slice alone."""
-    field = np.zeros((num_frames, 3, 32, 28, 6), np.float32)
-    field[:, 0, 8:24, 8:20, 5] = np.arange(num_frames).reshape(-1, 1, 1)
-    return field.reshape(-1, 32, 28, 6)
-
-
-def test_the_overview_of_a_cine_has_a_row_more_with_real_frames_and_two_runs_give_it_alike():
-    cine, labels = frames()
-    bare = draw(cine_overview, cine, moving())
-    full = draw(cine_overview, cine, moving(), real=cine, labels=labels, title="case 1", spacing=(1.4, 1.4, 10))
-    assert len(full) > 1.2 * len(bare)
-    for color in ((0, 180, 255), (87, 209, 75), (255, 80, 80)):
-        assert has_color(full, color) and not has_color(bare, color)
-    again = draw(cine_overview, cine, moving(), real=cine, labels=labels, title="case 1", spacing=(1.4, 1.4, 10))
-    assert np.array_equal(full, again)
-
-
-def test_of_another_number_of_real_frames_both_ends_are_shown():
-    cine, _ = frames(4)
-    black = [(draw(cine_overview, cine, moving(4), real=frames(count)[0]).max(axis=-1) == 0).mean() for count in (4, 7)]
-    assert black[1] > black[0] + 0.05  # the places of the frames between stay empty
-
-
-@pytest.mark.parametrize("slice_dim", [0, 1, 2])
-def test_a_cine_may_have_its_slices_along_any_axis(slice_dim):
-    cine, labels = (np.moveaxis(array, -1, slice_dim + 1) for array in frames())
-    displacement = np.moveaxis(moving(), -1, slice_dim + 1)
-    order = np.argsort([axis for axis in (0, 1, 2) if axis != slice_dim] + [slice_dim])
-    spacing = np.array([1.4, 1.4, 10])[order]
-    assert draw(cine_overview, cine, displacement, labels=labels, spacing=spacing).std() > 10
-    with Image.open(gif_of(cine, spacing=spacing)) as gif:
-        assert gif.size[1] == 240
-
-
-def gif_of(*args, **kwargs):
-    buffer = io.BytesIO()
-    cine_animation(buffer, *args, **kwargs)
-    buffer.seek(0)
-    return buffer
-
-
-def test_the_moving_picture_runs_there_and_back_with_the_real_frames_below():
-    cine, _ = frames(4)
-    with (
-        Image.open(gif_of(cine)) as bare,
-        Image.open(gif_of(cine, cine)) as both,
-        Image.open(gif_of(cine, cine[:3])) as other,
-    ):
-        assert bare.n_frames == both.n_frames == 6 and both.size == (bare.width, 2 * bare.height) and other.size == bare.size
-        shown = []
-        for k in range(6):
-            both.seek(k)
-            shown.append(np.asarray(both.convert("L")))
-    assert np.array_equal(shown[1], shown[5]) and not np.array_equal(shown[1], shown[2])
-    assert np.array_equal(shown[2][:240], shown[2][240:])
-    assert gif_of(cine).getvalue() == gif_of(cine).getvalue()
-
-
-def test_volumes_of_each_case_are_a_line():
-    few = draw(volume_curves, {"a": [120, 100, 80]})
-    more = draw(volume_curves, {"a": [120, 100, 80], "b": [90.0, 70.0]})
-    assert few.shape == more.shape and not np.array_equal(few, more)

@@ -6,15 +6,104 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import make_cine, save_nifti, save_turned
-from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
-from monai.transforms import Compose, Invertd, Orientationd
+from conftest import make_cine, save_nifti
+from made_inputs import SECTIONS, table, touch
 
-from scripts.data.cines import LoadCined, assume_spacing
-from scripts.tasks.motion.transforms import DisplacementToWorldd, MeasureFoldingd, ScaleIntensityBySourced, WarpSourced
+from scripts.data.cines import LoadCined, assume_spacing, find_cines
+from scripts.data.sections import section_of
 from scripts.transforms import Spacingd
 
+# --- find_cines
+
+
+def test_acdc_names_the_frames_in_its_info_file_and_counts_them_from_1(tmp_path):
+    touch(tmp_path / "p1", "p1_4d.nii.gz", "p1_frame01_gt.nii.gz", "p1_frame12_gt.nii.gz", "p1_frame01.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: DCM\nNbFrame: 30\n")
+    (case,) = find_cines(tmp_path)
+    assert case == {
+        "case": "p1",
+        "patient": "p1",
+        "image": str(tmp_path / "p1/p1_4d.nii.gz"),
+        "frames": (0, 11),
+        "label": str(tmp_path / "p1/p1_frame01_gt.nii.gz"),
+        "target_label": str(tmp_path / "p1/p1_frame12_gt.nii.gz"),
+    }
+    assert find_cines(tmp_path / "p1") == [case]
+
+
+def test_an_info_file_without_the_frames_is_told_with_its_name(tmp_path):
+    touch(tmp_path / "p1", "p1_4d.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text("ED: 0\nES: 12\n")
+    with pytest.raises(ValueError, match=r"Info\.cfg: needs the lines"):
+        find_cines(tmp_path)
+
+
+def test_cropped_acdc_goes_from_the_first_frame_to_the_last(tmp_path):
+    touch(tmp_path / "p1", "p1_ed2es.nii.gz", "info.json", "p1_ed_gt.nii.gz", "p1_es_gt.nii.gz")
+    (case,) = find_cines(tmp_path)
+    assert case["image"] == str(tmp_path / "p1/p1_ed2es.nii.gz") and "frames" not in case
+    assert case["label"].endswith("p1_ed_gt.nii.gz") and case["target_label"].endswith("p1_es_gt.nii.gz")
+
+
+def test_two_files_of_a_folder_are_the_ends_of_a_cine(tmp_path):
+    touch(tmp_path, "a/x_ed.nii.gz", "a/x_es.nii", "a/x_ed_gt.nii.gz", "b/y_ed.nii.gz")
+    (case,) = find_cines(tmp_path)
+    assert case["case"] == "a" and case["image"] == [str(tmp_path / "a/x_ed.nii.gz"), str(tmp_path / "a/x_es.nii")]
+    assert case["label"] == str(tmp_path / "a/x_ed_gt.nii.gz") and "target_label" not in case
+
+
+def test_files_of_a_flat_folder_go_from_the_first_frame_to_the_last_unless_a_table_says_which(tmp_path):
+    touch(tmp_path, "a.nii.gz", "b.nii", "b_ed_gt.nii.gz")
+    a, b = find_cines(tmp_path)
+    assert a == {"case": "a", "patient": "a", "image": str(tmp_path / "a.nii.gz")}
+    assert b["image"] == str(tmp_path / "b.nii") and b["label"] == str(tmp_path / "b_ed_gt.nii.gz")
+    table(tmp_path / "frames.csv", ("file", "ed", "es"), ("a.nii.gz", 0, 7), ("b.nii", 3, 1))
+    assert [case["frames"] for case in find_cines(tmp_path)] == [(0, 7), (3, 1)]
+    assert find_cines(tmp_path / "a.nii.gz") == [a]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("file", "ed"), ("a.nii.gz", 0)], "needs the columns file, ed and es"),
+        ([("file", "ed", "es"), ("a.nii.gz", 0, "last")], "line 2 needs two frame numbers"),
+        ([("file", "ed", "es"), ("b.nii.gz", 0, 1)], "no row or no file for a.nii.gz, b.nii.gz"),
+    ],
+)
+def test_a_bad_table_of_frames_is_refused_with_its_name(tmp_path, rows, words):
+    touch(tmp_path, "a.nii.gz")
+    table(tmp_path / "frames.csv", *rows)
+    with pytest.raises(ValueError, match=rf"frames\.csv: .*{words}"):
+        find_cines(tmp_path)
+
+
+@pytest.mark.parametrize("names", [(), ("readme.txt",), ("p1/p1_4d.nii.gz",)])
+def test_a_folder_without_cines_is_told_the_layouts(tmp_path, names):
+    touch(tmp_path, *names)
+    with pytest.raises(FileNotFoundError, match=r"no cine found; expected .*Info\.cfg.*_ed2es.*_es.*frames\.csv"):
+        find_cines(tmp_path)
+
+
+def test_labelled_patients_of_cropped_acdc_are_the_test_and_no_others(tmp_path):
+    names = [f"p{i}" for i in range(60)]
+    for name in names:
+        touch(tmp_path / name, f"{name}_ed2es.nii.gz", *([f"{name}_ed_gt.nii.gz"] if name in ("p3", "p7") else []))
+    sections = {name: [case["case"] for case in find_cines(tmp_path, name)] for name in SECTIONS}
+    assert sections["test"] == ["p3", "p7"] and 2 <= len(sections["validation"]) <= 12
+    assert sorted(sum(sections.values(), [])) == sorted(names)
+
+
+def test_other_cines_are_split_by_the_hash_of_their_patients(tmp_path):
+    touch(tmp_path, *(f"p{i}.nii.gz" for i in range(60)), *(f"p{i}_ed_gt.nii.gz" for i in range(5)))
+    for section in SECTIONS:
+        found = find_cines(tmp_path, section)
+        assert found and all(section_of(case["patient"]) == section for case in found)
+    with pytest.raises(FileNotFoundError, match="none of the 60 cines falls into the test section"):
+        find_cines(tmp_path, "test", fractions=(0.0, 0.1))
+
+
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])
+
 THIN = np.diag([1.0, 1.0, 10.0, 1.0])
 
 
@@ -161,104 +250,3 @@ def test_a_header_with_zeros_is_read_with_the_assumed_spacing(tmp_path):
     assert np.allclose(np.diag(data["image"].affine), [1.5, 1.5, 10, 1])
     assert np.allclose(data["image"].meta["original_affine"], data["image"].affine)
     assert np.array_equal(data["cine"].numpy(), np.moveaxis(make_cine()[0], -1, 0))
-
-
-# --- grey levels and the whole of the preprocessing
-
-
-def test_percentiles_of_the_source_become_the_bounds_of_both_frames():
-    source = torch.arange(1001.0).reshape(1, 7, 11, 13)
-    scaled = ScaleIntensityBySourced("image", lower=10, upper=90)({"image": torch.cat([source, source + 100])})["image"]
-    assert scaled[0].flatten()[[100, 500, 900]].tolist() == pytest.approx([-1, 0, 1])
-    assert torch.allclose(scaled[1], ((source[0] + 100 - 500) / 400).clamp(-1, 1), atol=1e-5)
-
-
-def test_a_source_without_grey_levels_is_refused():
-    image = torch.zeros(2, 10, 10, 10)
-    image[0, 0, 0, 0] = 1
-    with pytest.raises(ValueError, match="nearly all voxels of the source are 0"):
-        ScaleIntensityBySourced("image")({"image": MetaTensor(image)})
-
-
-def preprocessing(frames="ends"):
-    return Compose(
-        [
-            LoadCined("image", frames=frames),
-            ScaleIntensityBySourced("image"),
-            Orientationd("image", axcodes="RAS", labels=None),
-            Spacingd("image", pixdim=[2.0, 2.0, 5.0]),
-        ]
-    )
-
-
-@pytest.mark.parametrize("frames", ["ends", "all"])
-def test_a_cine_stored_with_other_axes_is_the_same_to_the_network(tmp_path, frames):
-    ras, asl = (preprocessing(frames)({"image": p})["image"] for p in save_turned(tmp_path, make_cine()[0], SPACING))
-    assert ras.shape == (2 if frames == "ends" else 5, 23, 20, 11)
-    assert torch.allclose(ras.as_tensor(), asl.as_tensor(), atol=1e-4)
-
-
-def test_the_preprocessing_can_be_undone_with_an_assumed_spacing_too(tmp_path):
-    path = save_nifti(tmp_path / "a.nii.gz", make_cine()[0], THIN)
-    transform = preprocessing()
-    batch = next(iter(DataLoader(Dataset([{"image": path}], transform), batch_size=1)))
-    (item,) = decollate_batch(batch)
-    back = Invertd("image", transform, nearest_interp=False)(item)["image"]
-    assert back.shape == (2, 32, 28, 6) and np.allclose(np.diag(back.affine), [1.5, 1.5, 10, 1])
-    assert np.allclose(back.meta["original_affine"], THIN)
-
-
-# --- what a displacement makes of the source
-
-OBLIQUE = np.array([[0.0, -2, 0, 90], [1.5, 0, 0, -20], [0, 0, -3, 7], [0, 0, 0, 1]])
-
-
-def volume(array, **meta):
-    return MetaTensor(torch.as_tensor(array), OBLIQUE, meta={"original_affine": OBLIQUE, **meta})
-
-
-def test_a_step_along_an_axis_is_a_vector_along_that_axis_in_the_world():
-    steps = torch.zeros(6, 4, 4, 4)
-    steps[1], steps[5] = 1, 2  # first frame: one voxel along the second axis; second frame: two along the third
-    data = DisplacementToWorldd("pred")({"pred": steps, "image": volume(torch.zeros(2, 4, 4, 4))})
-    assert torch.allclose(data["displacement"][:3, 0, 0, 0].as_tensor(), torch.tensor([-2.0, 0, 0]))
-    assert torch.allclose(data["displacement"][3:, 0, 0, 0].as_tensor(), torch.tensor([0.0, 0, -6]))
-
-
-def test_the_folding_of_the_worst_frame_is_told():
-    steps = torch.zeros(6, 8, 8, 8)
-    steps[3, 4:] = -9  # what lies behind this plane takes from far in front of it
-    assert MeasureFoldingd("pred")({"pred": steps})["folding"] == 2 / 8
-    assert MeasureFoldingd("pred")({"pred": steps[:3]})["folding"] == 0
-
-
-def warped(millimetres, **data):
-    cine = volume(torch.rand(5, 6, 5, 4) * 1000)
-    return cine, WarpSourced()({"displacement": volume(millimetres), "cine": cine, **data})
-
-
-def test_no_displacement_gives_the_source_exactly_and_a_whole_voxel_its_neighbour():
-    millimetres = torch.zeros(6, 6, 5, 4)
-    millimetres[3] = -2  # of the world's x axis: one voxel along the second axis
-    cine, data = warped(millimetres)
-    assert data["frames"].dtype == torch.float32 and torch.equal(data["frames"][0], cine[0])
-    assert torch.allclose(data["frames"][1, :, :-1].as_tensor(), cine[0, :, 1:].as_tensor(), rtol=1e-6)
-    assert torch.allclose(data["frames"][1, :, -1].as_tensor(), cine[0, :, -1].as_tensor(), rtol=1e-6)
-    assert data["motion"].shape == (1, 6, 5, 4) and (data["motion"] == 2).all() and "labels" not in data
-
-
-def test_labels_stay_whole_numbers_on_their_way():
-    label = volume(torch.randint(0, 4, (1, 6, 5, 4)).float())
-    millimetres = torch.zeros(3, 6, 5, 4)
-    millimetres[0] = -0.8  # less than half a voxel
-    _, data = warped(millimetres, label=label)
-    assert data["labels"].dtype == torch.uint8 and torch.equal(data["labels"].as_tensor(), label.as_tensor().byte())
-
-
-@pytest.mark.parametrize("wrong", ["shape", "axes"])
-def test_labels_on_another_grid_are_refused_with_their_file(wrong):
-    label = volume(torch.zeros(1, 6, 5, 5 if wrong == "shape" else 4), filename_or_obj="p_ed_gt.nii.gz")
-    if wrong == "axes":
-        label.meta["original_affine"] = np.eye(4)
-    with pytest.raises(ValueError, match=r"p_ed_gt\.nii\.gz: its grid of .* resample it"):
-        warped(torch.zeros(3, 6, 5, 4), label=label)

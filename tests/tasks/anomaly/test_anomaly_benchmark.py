@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_patient
-from monai.losses import LocalNormalizedCrossCorrelationLoss
 from PIL import Image
 from torch import nn
 
-from scripts import benchmark, generation
-from scripts.networks.ddim_anomaly import DDIMAnomalyNet
+from scripts import speed
 from scripts.networks.healthy_model import HealthyModel
+from scripts.tasks.anomaly import benchmark
 
 
 class Stub(nn.Module):
@@ -94,11 +93,15 @@ def picture_bundle(tmp_path):
             }
         },
     }
+    evaluate = {
+        "benchmark": "scripts.tasks.anomaly.benchmark.anomaly_benchmark",
+        "sprites": {"radius": [4, 6], "contrast": 0.25},
+    }
     bundle = tmp_path / "bundle"
     (bundle / "configs").mkdir(parents=True)
     (bundle / "configs" / "train.json").write_text(json.dumps(train))
     (bundle / "configs" / "inference.json").write_text(json.dumps({"batch_size": 8}))
-    (bundle / "configs" / "evaluate.json").write_text(json.dumps({"sprites": {"radius": [4, 6], "contrast": 0.25}}))
+    (bundle / "configs" / "evaluate.json").write_text(json.dumps(evaluate))
     return SimpleNamespace(path=bundle, data=str(tmp_path / "HeadCT"))
 
 
@@ -111,7 +114,7 @@ def built(monkeypatch):
         networks.append((settings, Stub().eval()))
         return networks[-1][1]
 
-    monkeypatch.setattr(benchmark, "build_network", build_network)
+    monkeypatch.setattr(speed, "build_network", build_network)
     return networks
 
 
@@ -158,9 +161,9 @@ def test_slices_of_a_bundle_with_labels_are_half_diseased_and_half_healthy(bundl
 def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_default(
     picture_bundle, built, caplog, monkeypatch, native
 ):
-    monkeypatch.setattr(benchmark, "has_bfloat16", lambda device_type: native)
+    monkeypatch.setattr(speed, "has_bfloat16", lambda device_type: native)
     with caplog.at_level(logging.INFO):
-        rows = benchmark.benchmark(picture_bundle.path, picture_bundle.data, 12, "all")
+        rows = speed.benchmark(picture_bundle.path, picture_bundle.data, 12, "all")
     settings = [{"amp": False}, {"amp": False, "num_steps": 7}, {"amp": True}]
     assert [asked for asked, _ in built] == settings[: 3 if native else 2]
     methods = ["published", "default", "default, batches of 8", "default, bfloat16"]
@@ -168,30 +171,3 @@ def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_de
     assert built[1][1].sizes[:12] == [1] * 12
     assert len({row["best_dice"] for row in rows}) == 1 and rows[0]["best_dice"] > 0.5
     assert all(text in caplog.text for text in ("published: num_steps 7", "12 slice(s)", "Dice (Otsu)"))
-
-
-def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(picture_bundle, built, monkeypatch):
-    asked = []
-    monkeypatch.setattr(generation, "benchmark_sampling", lambda *args: asked.append(args) or "rows")
-    name = {"benchmark": "scripts.tasks.generation.benchmark.benchmark_sampling"}
-    (picture_bundle.path / "configs" / "evaluate.json").write_text(json.dumps(name))
-    assert benchmark.benchmark(picture_bundle.path, "data", 12, "test") == "rows"
-    ((bundle, networks, *rest),) = asked
-    assert bundle == picture_bundle.path and rest == ["data", 12, "test"]
-    assert networks["default"] is built[0][1] and networks["published"] is built[1][1]
-
-
-def test_the_published_procedure_of_guided_ddim_takes_every_level_by_single_steps():
-    network = DDIMAnomalyNet(1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0)
-    published = DDIMAnomalyNet(
-        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, **network.published
-    )
-    assert published._levels() == list(range(21))
-    assert (published.solver, published.guidance_steps, published.smoothing) == ("ddim", 0, 0.0)
-
-
-def test_a_dense_window_gives_the_correlation_that_monai_gives():
-    generator = torch.Generator().manual_seed(0)
-    pred, target = (torch.rand(1, 1, 12, 10, 11, generator=generator) for _ in range(2))
-    expected = LocalNormalizedCrossCorrelationLoss(kernel_size=5)(pred, target)
-    torch.testing.assert_close(benchmark.DenseCorrelation(5)(pred, target), expected, rtol=1e-4, atol=1e-5)

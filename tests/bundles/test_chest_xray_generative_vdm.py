@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_below, finished, rows_of, run_command, torchrun
+from conftest import ROOT, SCHEMA, files_below, finished, rows_of, run_command, torchrun
 from jsonschema import validate
 from monai.bundle import verify_net_in_out
 from PIL import Image
@@ -26,7 +26,6 @@ from scripts.tasks.generation.evaluation import draw_samples
 from scripts.tasks.generation.transforms import seeded_noise
 
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
-SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
 NETWORK = {"network_def#_target_": "stand_in.StandInNet", "num_steps": 3}
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # where the stand-in is found

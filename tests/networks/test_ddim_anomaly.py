@@ -446,3 +446,12 @@ def test_both_networks_see_the_same_noised_slices_at_levels_that_cover_the_sched
     a = A[step + 1]
     expected = a * (2 * images(2000) - 1).var() + 1 - a
     assert (x.flatten(1).var(dim=1) / expected).mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_published_procedure_of_guided_ddim_takes_every_level_by_single_steps():
+    network = DDIMAnomalyNet(1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0)
+    published = DDIMAnomalyNet(
+        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, **network.published
+    )
+    assert published._levels() == list(range(21))
+    assert (published.solver, published.guidance_steps, published.smoothing) == ("ddim", 0, 0.0)

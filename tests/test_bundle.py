@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from stand_in import StandInNet
+
+from scripts.bundle import with_weights
+from scripts.networks.orientation import OrientationNet
+
+
+def test_weights_must_be_the_networks(tmp_path):
+    source = StandInNet()
+    source.gain.data.fill_(0.5)
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    network = with_weights(StandInNet(), tmp_path / "model.pt")
+    assert network.gain == 0.5 and not network.training
+    with pytest.raises(RuntimeError, match="Missing key"):
+        with_weights(OrientationNet(), tmp_path / "model.pt")
