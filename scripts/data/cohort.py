@@ -10,7 +10,7 @@ from pathlib import Path
 from monai.utils import ensure_tuple
 from torch.utils.data import Dataset
 
-__all__ = ["CohortDataset", "generated_cases", "root_cause", "unfinished"]
+__all__ = ["CohortDataset", "generated_cases", "root_cause", "table_rows", "unfinished"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,51 @@ def unfinished(
 
     Of several processes each takes every ``world_size``-th case, beginning with number ``rank``; what is finished is left
     out only then, so that a case stays with its process when another one was faster.
+
+    Raises:
+        ValueError: if results would be written into an input, or where one lies; or if the table is another program's.
     """
+    for case in cases:
+        _check_apart(case, Path(output_dir) / case["case"])
     cases = cases[rank::world_size]
-    results = Path(output_dir) / table
-    if overwrite or not results.is_file():
+    finished = {row["case"] for row in table_rows(Path(output_dir) / table)}
+    if overwrite or not finished:
         return cases
-    with open(results, newline="", encoding="utf-8") as file:
-        finished = {row["case"] for row in csv.DictReader(file)}
     left = [case for case in cases if case["case"] not in finished]
     if len(left) < len(cases):
         logger.info(f"{len(cases) - len(left)} cases are finished already (--overwrite true does them again)")
     return left
+
+
+def table_rows(path: Path, columns: Sequence[str] = ("case",)) -> list[dict[str, str]]:
+    """Rows of a table that this program has written; none if there is no such file.
+
+    Raises:
+        ValueError: if the table lacks one of the columns, so that it is somebody's own.
+    """
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if set(columns) <= set(rows.fieldnames or ()):
+                return list(rows)
+    except UnicodeDecodeError:
+        pass
+    raise ValueError(f"{path}: is not of this program, it has no column {columns[-1]}; choose another --output_dir")
+
+
+def _check_apart(case: dict, folder: Path) -> None:
+    """Refuse a case whose results would be written into one of its inputs, or into a folder that holds one."""
+    folder = folder.resolve()
+    values = [value for key, value in case.items() if key not in ("case", "patient")]
+    for path in (path for value in values for path in ensure_tuple(value) if isinstance(path, (str, Path))):
+        given, real = Path(path).absolute(), Path(path).resolve()
+        if any(folder in (place, *place.parents) for place in (given, real)) or (real.is_dir() and real in folder.parents):
+            raise ValueError(
+                f"{path}: is an input, and {folder} is where the results of case {case['case']} go; "
+                "choose another --output_dir, which holds no scans"
+            )
 
 
 def root_cause(error: BaseException) -> str:
