@@ -13,7 +13,7 @@ from conftest import ROOT, files_below, make_ct_slice, make_head, rows_of, run_f
 from PIL import Image
 
 import scripts.files
-from scripts.data.cohort import generated_cases, unfinished
+from scripts.data.cohort import CohortDataset, generated_cases, unfinished
 from scripts.engines import CohortEvaluator
 from scripts.files import files_written_aside, recorded_files, written_aside
 from scripts.results import FolderSaver
@@ -21,6 +21,8 @@ from scripts.tasks.generation.results import GeneratedSaver
 
 BRAIN = ROOT / "bundles" / "brain_mri_anomaly_ddim"
 QUICK = ("--spatial_size", "[32,32]", "--pixdim", "[8,8,-1]", "--num_steps", 1, "--guidance_steps", 1)
+HEAD = ROOT / "bundles" / "head_ct_anomaly_ldm"
+HEAD_QUICK = ("--spatial_size", "[32,32]", "--pixdim", 8.6, "--num_steps", 1, "--band_levels", 2)
 META = {"name": "a bundle", "version": "1.0"}
 
 
@@ -157,6 +159,17 @@ def test_a_table_of_somebody_else_is_refused_and_stays(tmp_path):
             unfinished([{"case": "p1", "image": "p1.nii.gz"}], tmp_path, overwrite)
 
 
+def test_cases_of_one_name_are_refused_together_and_the_others_are_done(tmp_path):
+    cases = [{"case": name, "image": f"/scans/{file}"} for name, file in (("a", "a.nii"), ("b", "b.nii"), ("a", "a.nii.gz"))]
+    left = unfinished(cases, tmp_path)
+    assert [case["case"] for case in left] == ["a", "b"] and left[1] == cases[1]
+    assert left[0]["failure"].startswith("/scans/a.nii and /scans/a.nii.gz: 2 cases have one name")
+    assert CohortDataset(left, lambda case: case)[0] == left[0]
+    (tmp_path / "results.csv").write_text("case\na\n")  # of an earlier version, which did one of them
+    assert unfinished(cases, tmp_path) == left
+    assert [unfinished(cases, tmp_path, rank=rank, world_size=2) for rank in (0, 1)] == [left[:1], left[1:]]
+
+
 class WordSaver(FolderSaver):
     endings = ("a.txt",)
 
@@ -264,3 +277,24 @@ def test_what_a_user_put_into_the_folder_of_a_case_stays_when_it_is_done_again(t
     assert done.returncode == 1 and "p1_seg.nii.gz: is not replaced, as it was changed" in done.stderr
     assert files_below(case) == before
     assert np.asarray(rows_of(tmp_path / "out" / "failures.csv")).size == 1
+
+
+@pytest.mark.parametrize(
+    ("bundle", "names", "settings"),
+    [(BRAIN, ("dup.nii", "dup.nii.gz"), QUICK), (HEAD, ("dup.png", "dup.bmp"), HEAD_QUICK)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_two_files_of_one_name_fail_with_both_paths_and_the_other_case_is_done(tmp_path, bundle, names, settings):
+    for name in (*names, names[0].replace("dup", "other")):
+        if bundle is BRAIN:
+            save_nifti(tmp_path / "scans" / name, make_head(num_slices=1)[0])
+        else:
+            (tmp_path / "scans").mkdir(exist_ok=True)
+            Image.fromarray(make_ct_slice()).save(tmp_path / "scans" / name)
+    paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--handlers#0#picture", False)
+    done = run_forked(bundle, "configs/inference.json", *paths, *settings)
+    assert done.returncode == 1, done.stderr
+    (failure,) = rows_of(tmp_path / "out" / "failures.csv")
+    assert failure["case"] == "dup" and all(str(tmp_path / "scans" / name) in failure["reason"] for name in names)
+    assert [row["case"] for row in rows_of(tmp_path / "out" / "results.csv")] == ["other"]
+    assert not (tmp_path / "out" / "dup").exists()

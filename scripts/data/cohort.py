@@ -45,18 +45,19 @@ def unfinished(
     """Cases that have no row yet in ``output_dir/<table>``, or all of them with ``overwrite``.
 
     Of several processes each takes every ``world_size``-th case, beginning with number ``rank``; what is finished is left
-    out only then, so that a case stays with its process when another one was faster.
+    out only then, so that a case stays with its process when another one was faster. Cases of one name, whose results would
+    replace each other, become one that fails.
 
     Raises:
         ValueError: if results would be written into an input, or where one lies; or if the table is another program's.
     """
     for case in cases:
         _check_apart(case, Path(output_dir) / case["case"])
-    cases = cases[rank::world_size]
+    cases = _without_namesakes(cases)[rank::world_size]
     finished = {row["case"] for row in table_rows(Path(output_dir) / table)}
     if overwrite or not finished:
         return cases
-    left = [case for case in cases if case["case"] not in finished]
+    left = [case for case in cases if "failure" in case or case["case"] not in finished]
     if len(left) < len(cases):
         logger.info(f"{len(cases) - len(left)} cases are finished already (--overwrite true does them again)")
     return left
@@ -80,11 +81,33 @@ def table_rows(path: Path, columns: Sequence[str] = ("case",)) -> list[dict[str,
     raise ValueError(f"{path}: is not of this program, it has no column {columns[-1]}; choose another --output_dir")
 
 
+def _inputs(case: dict) -> list[str | Path]:
+    """Paths of the files and folders that a case is read from."""
+    values = [value for key, value in case.items() if key not in ("case", "patient")]
+    return [path for value in values for path in ensure_tuple(value) if isinstance(path, (str, Path))]
+
+
+def _without_namesakes(cases: list[dict]) -> list[dict]:
+    """Cases with those of one name put together as one with a ``failure``, a line that names the paths of all."""
+    groups: dict[str, list[dict]] = {}
+    for case in cases:
+        groups.setdefault(case["case"], []).append(case)
+    return [
+        group[0]
+        if len(group) == 1
+        else {
+            "case": name,
+            "failure": f"{' and '.join(str(path) for case in group for path in _inputs(case)[:1])}: {len(group)} cases have "
+            "one name, and none of them is done; rename all but one",
+        }
+        for name, group in groups.items()
+    ]
+
+
 def _check_apart(case: dict, folder: Path) -> None:
     """Refuse a case whose results would be written into one of its inputs, or into a folder that holds one."""
     folder = folder.resolve()
-    values = [value for key, value in case.items() if key not in ("case", "patient")]
-    for path in (path for value in values for path in ensure_tuple(value) if isinstance(path, (str, Path))):
+    for path in _inputs(case):
         given, real = Path(path).absolute(), Path(path).resolve()
         if any(folder in (place, *place.parents) for place in (given, real)) or (real.is_dir() and real in folder.parents):
             raise ValueError(
@@ -104,7 +127,7 @@ class CohortDataset(Dataset):
     """Dataset of cases in which one that can't be read does not stop the others.
 
     Such a case comes as ``{"case": name, "failure": one line}``, which
-    :class:`scripts.engines.CohortEvaluator` reports and leaves out.
+    :class:`scripts.engines.CohortEvaluator` reports and leaves out; so does one that is given like this.
 
     Args:
         data: cases.
@@ -119,6 +142,8 @@ class CohortDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         case = self.data[index]
+        if "failure" in case:
+            return case
         try:
             return self.transform(dict(case))
         except Exception as error:
