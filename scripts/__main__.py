@@ -51,7 +51,10 @@ def demo(output_dir: str = "demo_output", **settings: object) -> None:
     """
     bundle = _bundle("brain_mri_anomaly_ddim")
     output = Path(output_dir).resolve()
-    run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True, **settings)
+    try:
+        run_inference(bundle, bundle / "docs" / "demo.nii.gz", output, overwrite=True, **settings)
+    except RuntimeError as error:
+        sys.exit(str(error))
     for ending, what in (
         ("seg.nii.gz", "mask"),
         ("map.nii.gz", "anomaly map"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.data.cohort import root_cause
+from scripts.data.cohort import root_cause, table_rows
 from scripts.files import written_aside
 from scripts.precision import arithmetic, hardware
 
@@ -210,6 +210,7 @@ class CohortEvaluator(SupervisedEvaluator):
         if output_dir is not None and not idist.get_rank():
             path = Path(output_dir) / "failures.csv"
             try:
+                table_rows(path, ("case", "reason"))
                 if failures:
                     with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
                         csv.writer(file).writerows([("case", "reason"), *failures.items()])
@@ -217,6 +218,8 @@ class CohortEvaluator(SupervisedEvaluator):
                     path.unlink(missing_ok=True)
             except OSError as error:  # a full disk may be why cases failed: they still have to be listed
                 logger.error(f"{path}: can't be written ({error.strerror or error})")
+            except ValueError as error:  # somebody's own file
+                logger.error(error)
         if failures:
             lines = [f"{case}: {failure}" for case, failure in failures.items()]
             sys.exit("\n".join([f"{len(lines)} case(s) failed:", *lines]))

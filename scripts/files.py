@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import getpass
 import glob
 import hashlib
@@ -9,13 +10,13 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["locked", "sha256_of", "written_aside"]
+__all__ = ["files_written_aside", "locked", "recorded_files", "sha256_of", "written_aside"]
 
 
 def locked(path: str | Path) -> FileLock:
@@ -28,21 +29,14 @@ def locked(path: str | Path) -> FileLock:
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to; it takes the name ``path`` at the block's end, or goes if the block fails.
 
-    What killed processes of this machine left beside ``path`` goes as well.
+    A file replaces a file, a folder a folder. What killed processes of this machine left beside ``path`` goes as well.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one ending, without a dot in it: torch.save writes a file's name up to its last dot into the file
-    mark = f".{path.name}.{platform.node().partition('.')[0]}-"
-    aside, old = (path.with_name(f"{mark}{os.getpid()}{ending}") for ending in ("", ".old"))
-    for left in path.parent.glob(f"{glob.escape(mark)}*"):
-        writer = left.name.removeprefix(mark).removesuffix(".old")
-        # this process's own number comes again in a container
-        if writer.isdecimal() and (int(writer) == os.getpid() or not _is_running(int(writer))):
-            _remove(left)
+    aside = _beside(path)
+    old = aside.with_name(f"{aside.name}.old")
     try:
         yield aside
-        if path.is_dir():
+        if path.is_dir() and aside.is_dir():
             os.replace(path, old)
         os.replace(aside, path)
     finally:
@@ -50,6 +44,89 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             os.replace(old, path)
         _remove(aside)
         _remove(old)
+
+
+@contextmanager
+def files_written_aside(folder: str | Path) -> Iterator[Path]:
+    """Give a new folder to write files to; they appear in ``folder`` at the block's end, or go if the block fails.
+
+    ``<name of the folder>_files.csv`` beside them lists them with their hashes. Only what is listed there and has not been
+    changed is replaced, or removed where it is not written again; every other file is somebody's own, and stays.
+
+    Raises:
+        ValueError: naming a file that is somebody's own and has the name of one to be written; nothing is changed then.
+    """
+    folder = Path(folder)
+    aside = _beside(folder)
+    try:
+        aside.mkdir()
+        yield aside
+        written = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
+        with locked(folder):  # other processes may write the same
+            if os.path.lexists(folder):
+                _merge(aside, folder, written)
+            else:
+                _write_record(aside / _record_of(folder).name, written.items())
+                os.replace(aside, folder)
+    finally:
+        _remove(aside)
+
+
+def _merge(aside: Path, folder: Path, written: dict[str, str]) -> None:
+    """Move files into a folder that is there already."""
+    recorded = recorded_files(folder)
+    for name in written:
+        if os.path.lexists(folder / name) and not _is_as_recorded(folder / name, recorded):
+            raise ValueError(
+                f"{folder / name}: is not replaced, as it was changed or not written by this program; move it elsewhere, "
+                "or choose another --output_dir"
+            )
+    # both, so that whichever files a killed process leaves are known
+    _write_record(_record_of(folder), {*recorded, *written.items()})
+    for name in {name for name, _ in recorded} - written.keys():
+        if _is_as_recorded(folder / name, recorded):
+            (folder / name).unlink()
+    for name in written:
+        os.replace(aside / name, folder / name)
+    _write_record(_record_of(folder), written.items())
+
+
+def recorded_files(folder: Path) -> set[tuple[str, str]]:
+    """Name and SHA-256 of the files that :func:`files_written_aside` wrote into a folder; none without its record."""
+    record = _record_of(folder)
+    if not record.is_file():
+        return set()
+    with open(record, newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames != ["file", "sha256"]:
+            raise ValueError(f"{record}: is not of this program; move it elsewhere, or choose another --output_dir")
+        return {(row["file"], row["sha256"]) for row in rows}
+
+
+def _record_of(folder: Path) -> Path:
+    return folder / f"{folder.name}_files.csv"
+
+
+def _is_as_recorded(path: Path, recorded: set[tuple[str, str]]) -> bool:
+    return path.is_file() and (path.name, sha256_of(path)) in recorded
+
+
+def _write_record(path: Path, files: Iterable[tuple[str, str]]) -> None:
+    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "sha256"), *sorted(files)])
+
+
+def _beside(path: Path) -> Path:
+    """A path of this process beside another one, which is free; what killed processes left there goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one ending, without a dot in it: torch.save writes a file's name up to its last dot into the file
+    mark = f".{path.name}.{platform.node().partition('.')[0]}-"
+    for left in path.parent.glob(f"{glob.escape(mark)}*"):
+        writer = left.name.removeprefix(mark).removesuffix(".old")
+        # this process's own number comes again in a container
+        if writer.isdecimal() and (int(writer) == os.getpid() or not _is_running(int(writer))):
+            _remove(left)
+    return path.with_name(f"{mark}{os.getpid()}")
 
 
 def _is_running(process: int) -> bool:

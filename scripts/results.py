@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,8 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
-from scripts.files import locked, sha256_of, written_aside
+from scripts.data.cohort import table_rows
+from scripts.files import files_written_aside, locked, recorded_files, sha256_of, written_aside
 from scripts.precision import arithmetic
 
 __all__ = ["FolderSaver", "ResultSaver"]
@@ -49,15 +52,31 @@ class ResultSaver:
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
     def start(self, engine: Engine) -> None:
-        """Find out before the first case whether the output folder can be written."""
+        """Find out before the first case whether the output folder can be written, without losing what is in it.
+
+        Raises:
+            ValueError: if files that the program did not write have the names of those to be written.
+        """
         self.arithmetic = arithmetic(engine.network, engine.state.device)
         try:
-            with written_aside(self.output_dir / "write_test") as aside:
-                aside.touch()
-            (self.output_dir / "write_test").unlink(missing_ok=True)  # by another process of the run
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output_dir):
+                pass
         except OSError as error:
             sys.exit(f"{self.output_dir}: can't write there ({error.strerror}); choose another --output_dir")
+        self.rows()
+        dataset = getattr(getattr(engine.state, "dataloader", None), "dataset", None)
+        if foreign := [path for case in getattr(dataset, "data", ()) for path in self.foreign_files(case["case"])]:
+            raise ValueError(
+                f"{foreign[0]}: would be replaced, but this program has no record of writing it"
+                + (f" ({len(foreign)} such files)" if len(foreign) > 1 else "")
+                + "; move it elsewhere, or choose another --output_dir"
+            )
         self.weights_hash = sha256_of(self.weights)[:12] if self.weights.is_file() else "none"
+
+    def foreign_files(self, name: str) -> list[Path]:
+        """Files that have the names of a case's results, but were not written by the program."""
+        raise NotImplementedError
 
     def begin(self) -> None:
         self.begun = time.perf_counter()
@@ -103,19 +122,16 @@ class ResultSaver:
                 writer.writerows([*rows, *added])
 
     def rows(self) -> list[dict[str, str]]:
-        """Rows of the table, none if there is no table yet."""
-        path = self.output_dir / self.table
-        if not path.is_file():
-            return []
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        """Rows of the table, none if there is no table yet, see :func:`scripts.data.cohort.table_rows`."""
+        return table_rows(self.output_dir / self.table)
 
 
 class FolderSaver(ResultSaver):
     """Write a folder of files for each case, ``<output_dir>/<case>``, and a row in ``results.csv``.
 
-    A subclass says what files there are (``write``) and what the row has (``figures``) beside the case's name, the seconds,
-    and the version of bundle and weights.
+    A subclass says what files there are (``write``; ``<case>_<ending>`` for some of its ``endings``) and what the row has
+    (``figures``) beside the case's name, the seconds, and the version of bundle and weights. ``<case>_files.csv`` in the
+    folder lists its files, see :func:`scripts.files.files_written_aside`: no other file is ever replaced or removed.
 
     Args:
         output_dir: where to.
@@ -124,6 +140,8 @@ class FolderSaver(ResultSaver):
         picture: whether to draw pictures.
     """
 
+    endings: tuple[str, ...] = ()
+
     def __init__(self, output_dir: str | Path, meta: Mapping[str, Any], weights: str | Path, picture: bool = True) -> None:
         super().__init__(output_dir, meta, weights)
         self.picture = picture
@@ -131,6 +149,14 @@ class FolderSaver(ResultSaver):
     def __call__(self, engine: Engine) -> None:
         for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
             self.save({**batch, **output})
+
+    def foreign_files(self, name: str) -> list[Path]:
+        folder = self.output_dir / name
+        if not folder.is_dir():
+            return []
+        recorded = {file for file, _ in recorded_files(folder)}
+        paths = [folder / f"{name}_{ending}" for ending in self.endings]
+        return [path for path in paths if os.path.lexists(path) and path.name not in recorded]
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
         """Write the files of a case into a folder."""
@@ -145,11 +171,11 @@ class FolderSaver(ResultSaver):
 
         Raises:
             OSError: naming the folder, if it can't be written.
+            ValueError: naming a file that would be replaced, but is not as the program wrote it.
         """
         name = case["case"]
         with self.told_where(self.output_dir / name):
-            with written_aside(self.output_dir / name) as folder:
-                folder.mkdir()
+            with files_written_aside(self.output_dir / name) as folder:
                 self.write(folder, name, case)
             figures, origin = self.figures(case), self.origin(time.perf_counter() - self.begun)
             self.add_rows([{"case": name, **figures, **origin}])

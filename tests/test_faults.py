@@ -117,7 +117,7 @@ def test_a_cohort_that_is_killed_at_random_moments_ends_with_the_same_files(tmp_
 
     undisturbed, killed = kill_and_resume(begin, tmp_path / "results", COHORT_KILLS)
     expected = results_below(undisturbed)
-    assert len(expected) == 17
+    assert len(expected) == 21
     assert all(results_below(folder) == expected for folder in killed)
     print(f"inference was killed {COHORT_KILLS} times in {len(killed)} runs over a cohort, all like an undisturbed one")
 
@@ -341,7 +341,7 @@ def test_every_damaged_scan_of_a_cohort_gives_a_result_or_one_line_that_names_it
         assert f"{case}: {reason}" in text
     assert {path.name for path in output.iterdir()} == {*finished, "results.csv", "failures.csv"}
     for case in finished:
-        found = {path.name for path in (output / case).iterdir()} - {f"{case}_seg.dcm"}
+        found = {path.name for path in (output / case).iterdir()} - {f"{case}_seg.dcm", f"{case}_files.csv"}
         assert found == {f"{case}_{ending}.nii.gz" for ending in ("seg", "map", "healthy")}
         assert not [name for name in found if not np.isfinite(nib.load(output / case / name).get_fdata()).all()]
     print(f"{bundle.name}: {len(names)} damaged scans, {len(finished)} results, {len(reasons)} refused")

@@ -52,7 +52,7 @@ def test_good_cases_are_finished_although_others_fail(cohort):
     output, done = cohort
     assert sorted(row["case"] for row in rows_of(output / "results.csv")) == ["good_4d", "good_flair_only", "good_patient"]
     for case in ("good_4d", "good_flair_only", "good_patient"):
-        endings = ("healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
+        endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
         assert sorted(p.name for p in (output / case).iterdir()) == [f"{case}_{ending}" for ending in endings]
 
 

@@ -25,7 +25,7 @@ from scripts.release.report import report
 BUNDLE = ROOT / "bundles" / "cardiac_mri_deformable_diffusion"
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # where the stand-in is found
-RESULTS = ("cine.gif", "cine.nii.gz", "displacement.nii.gz", "overview.png", "seg.nii.gz")
+RESULTS = ("cine.gif", "cine.nii.gz", "displacement.nii.gz", "files.csv", "overview.png", "seg.nii.gz")
 
 
 @pytest.fixture(scope="session")

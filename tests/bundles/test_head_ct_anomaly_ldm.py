@@ -19,7 +19,7 @@ from scripts.metrics import dice
 
 BUNDLE = ROOT / "bundles" / "head_ct_anomaly_ldm"
 LPS = np.diag([-1.0, -1.0, 5.0, 1.0])
-ENDINGS = ("healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
+ENDINGS = ("files.csv", "healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
 
 
 def infer(dataset_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:

@@ -321,7 +321,7 @@ def test_a_bundle_writes_the_mask_of_a_dicom_series_as_nifti_and_as_a_segmentati
     assert done.returncode == 0, done.stderr
     assert "nvImageCodec" not in done.stdout + done.stderr
     case = tmp_path / "output" / "patient"
-    endings = ("healthy.nii.gz", "map.nii.gz", "overview.png", "seg.dcm", "seg.nii.gz")
+    endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "overview.png", "seg.dcm", "seg.nii.gz")
     assert sorted(path.name for path in case.iterdir()) == [f"patient_{ending}" for ending in endings]
     assert [row["case"] for row in rows_of(tmp_path / "output" / "results.csv")] == ["patient"]
 

@@ -40,6 +40,8 @@ class CaseSaver(FolderSaver):
         picture: whether to draw the overview picture.
     """
 
+    endings = ("seg.nii.gz", "map.nii.gz", "healthy.nii.gz", "seg.dcm", "overview.png")
+
     def __init__(
         self, output_dir: str | Path, meta: Mapping[str, Any], weights: str | Path, channel: int = 0, picture: bool = True
     ) -> None:

@@ -47,6 +47,8 @@ class CineSaver(FolderSaver):
         picture: whether to draw the pictures.
     """
 
+    endings = ("cine.nii.gz", "displacement.nii.gz", "labels.nii.gz", "seg.nii.gz", "overview.png", "cine.gif")
+
     def __init__(
         self,
         output_dir: str | Path,

@@ -54,7 +54,7 @@ def test_the_files_hold_the_voxels_in_the_grid_of_the_scan(tmp_path):
     case = finding()
     saver(tmp_path).save(case)
     assert sorted(os.listdir(tmp_path)) == ["case1", "results.csv"]
-    endings = ("healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
+    endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
     assert sorted(os.listdir(tmp_path / "case1")) == [f"case1_{ending}" for ending in endings]
     for key, ending, dtype in (
         ("pred", "seg", np.uint8),
@@ -150,7 +150,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     for run in ("one", "two"):
         saver(tmp_path / run).save(finding())
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / run / "case1").iterdir()} for run in ("one", "two"))
-    assert len(one) == 4 and one == two
+    assert len(one) == 5 and one == two
 
 
 def test_a_full_disk_leaves_no_half_case_and_is_told_with_the_folder_and_the_mend(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_case_from_a_dicom_series_gets_a_dicom_segmentation_with_the_labels_of
     monkeypatch.setattr(anomaly_results, "write_segmentation", lambda path, *args: made.append(args) or path.touch())
     handler, case = from_dicom(tmp_path)
     handler.save(case)
-    endings = ("healthy.nii.gz", "map.nii.gz", "seg.dcm", "seg.nii.gz")
+    endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "seg.dcm", "seg.nii.gz")
     assert sorted(os.listdir(tmp_path / "out" / "case1")) == [f"case1_{ending}" for ending in endings]
     assert made == [(str(tmp_path / "series"), case["pred"], ["lesion", "edema"], "a bundle", "1.2.3", "none")]
 
@@ -193,7 +193,7 @@ def test_a_case_from_a_dicom_series_gets_a_dicom_segmentation_with_the_labels_of
 def test_a_series_that_can_have_no_dicom_segmentation_keeps_its_nifti_files_and_one_line_says_why(tmp_path, caplog):
     handler, case = from_dicom(tmp_path)
     handler.save(case)
-    endings = ("healthy.nii.gz", "map.nii.gz", "seg.nii.gz")
+    endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "seg.nii.gz")
     assert sorted(os.listdir(tmp_path / "out" / "case1")) == [f"case1_{ending}" for ending in endings]
     assert [row["case"] for row in rows(tmp_path / "out")] == ["case1"]
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
