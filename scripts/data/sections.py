@@ -44,5 +44,11 @@ def section_by_order(cases: list[dict], section: str = "all", fractions: Sequenc
 
 
 def take_section(cases: list[dict], section: str = "all", **split: object) -> list[dict]:
-    """Cases of one section, or all of them, see :func:`section_of`."""
+    """Cases of one section, or all of them, see :func:`section_of`.
+
+    Raises:
+        ValueError: for an unknown section.
+    """
+    if section not in ("training", "validation", "test", "all"):
+        raise ValueError(f"section must be one of training, validation, test, all, got {section}")
     return [c for c in cases if section == "all" or section_of(c.get("patient", c["case"]), **split) == section]
