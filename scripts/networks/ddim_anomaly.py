@@ -145,6 +145,7 @@ class DDIMAnomalyNet(SliceNetwork):
             num_res_blocks=1,
             num_head_channels=32,
             norm_num_groups=16,
+            use_flash_attention=True,
         )
         depth = len(classifier_channels)
         self.classifier = DiffusionModelEncoder(
@@ -157,12 +158,14 @@ class DDIMAnomalyNet(SliceNetwork):
             num_res_blocks=1,
             num_head_channels=32,
             norm_num_groups=16,
+            use_flash_attention=True,
         )
         # MONAI's dense head knows every place by heart; pooling by attention needs few patients
         lowest = [size // fold // 2**depth for size in spatial_size]
         self.classifier.out = nn.Sequential(
             nn.Unflatten(1, (classifier_channels[-1], *lowest)), AttentionPool(classifier_channels[-1], 2)
         )
+        self.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
         self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
 
     @property
