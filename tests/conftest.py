@@ -90,7 +90,11 @@ def _run_here(bundle: Path, command: list[str], out: Path, err: Path, memory: in
     # the bundle finds its code by itself, not what the tests find
     sys.path = [str(bundle), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
     sys.argv = command[1:]
-    runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    except Exception:  # multiprocessing would print a traceback of its own
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def run_forked(bundle: Path, config: str, *args: object) -> subprocess.CompletedProcess:
