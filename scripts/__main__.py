@@ -10,6 +10,7 @@ from pathlib import Path
 import fire
 
 from scripts import speed
+from scripts.messages import tell_errors_in_one_line
 from scripts.release.demo import draw_cine, draw_scan
 from scripts.release.download import DownloadError
 from scripts.release.download import download as fetch
@@ -192,6 +193,10 @@ def report(results: str, path: str | None = None) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+    else:
+        tell_errors_in_one_line()
     fire.Fire(
         {
             "list": list_bundles,

@@ -16,6 +16,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from scripts.messages import is_bundle_command, tell_errors_in_one_line
+
 __all__ = ["check"]
 
 TEXTS = {
@@ -36,7 +38,8 @@ def check() -> None:
     """Hold the settings of the configuration that calls this against those of the bundle's files, and mend what is clear.
 
     The texts ``true``, ``false`` and ``null`` become what they stand for, whole numbers that came as ``1e1`` whole, and
-    numbers in place of a file or folder its name. A name that begins with ``_`` is nobody's setting, and free.
+    numbers in place of a file or folder its name. A name that begins with ``_`` is nobody's setting, and free. From here on
+    the command line tells errors in one line, unless ``--debug`` is given.
 
     Raises:
         ValueError: in one line for all of them, for settings that nothing reads, with the nearest known name, and for values
@@ -46,6 +49,8 @@ def check() -> None:
     config = parser.config
     files = _bundle_files(parser)
     changed = _replace_texts(config)
+    if is_bundle_command() and not config.get("debug"):
+        tell_errors_in_one_line()
     faults = [] if not files else list(_unread(config, files[0]))
     for settings, name, full_name in _settings(config):
         known = [value[name] for value in _at(files, full_name) if name in value]

@@ -93,7 +93,11 @@ def _run_here(bundle: Path, command: list[str], out: Path, err: Path, memory: in
     others = [path for path in sys.path if Path(path) != ROOT and not Path(path).is_relative_to(ROOT / "tests")]
     sys.path = [str(bundle), *others]
     sys.argv = command[1:]
-    runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    except Exception:  # multiprocessing would print a traceback of its own
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def run_forked(bundle: Path, config: str, *args: object) -> subprocess.CompletedProcess:
