@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_head, run_forked, save_nifti
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 BRAIN, HEAD, CARDIAC, CHEST = (
     ROOT / "bundles" / name
@@ -28,10 +29,13 @@ def checked(bundle: Path, *names: str, own: dict | None = None, **overrides: obj
     parser.read_meta(bundle / "configs" / "metadata.json")
     parser.update({**(own or {}), "bundle_root": str(bundle), **overrides})
     parser.parse()
-    first = next(i for i, step in enumerate(parser["initialize"]) if isinstance(step, dict))
-    assert parser["initialize"][first]["_target_"] == "scripts.settings.check"
-    parser.get_parsed_content(f"initialize::{first}")
+    run_check(parser)
     return parser
+
+
+def run_check(parser: ConfigParser) -> None:
+    """Make the step of ``initialize`` that is the check, which may come after one that finds the code."""
+    parser.get_parsed_content(f"initialize::{parser['initialize'].index({'_target_': 'scripts.settings.check'})}")
 
 
 def configurations(bundle: Path) -> list[tuple[str, ...]]:
@@ -129,7 +133,15 @@ def test_own_configurations_may_add_parts_and_whatever_they_read(tmp_path):
     checked(BRAIN, "inference", own=own)
 
 
-def test_a_workflow_in_python_with_tracking_takes_the_mended_settings(tmp_path, monkeypatch):
+def test_what_tracking_adds_passes(tmp_path):
+    parser = ConfigParser()
+    parser.read_config(BRAIN / "configs" / "train.json")
+    parser.update({"bundle_root": str(BRAIN), "output_dir": str(tmp_path), "run_name": "mine"})
+    ConfigWorkflow.patch_bundle_tracking(parser, DEFAULT_EXP_MGMT_SETTINGS["mlflow"])
+    run_check(parser)
+
+
+def test_a_workflow_in_python_takes_the_mended_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(BRAIN)
     save_nifti(tmp_path / "scans" / "p1.nii.gz", make_head(num_slices=1)[0])
     workflow = ConfigWorkflow(
