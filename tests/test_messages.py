@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -97,12 +98,19 @@ def test_ctrl_c_ends_a_run_with_one_line(tmp_path):
     save_nifti(tmp_path / "scans" / "p1.nii.gz", make_head(num_slices=8)[0])
     settings = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--num_steps", 1000)
     command = [sys.executable, *run_command("configs/inference.json", *settings)]
-    with open(tmp_path / "log", "w+") as log, subprocess.Popen(command, cwd=BRAIN, stdout=log, stderr=log) as process:
+    with open(tmp_path / "log", "w+") as log:
+        # a shell lets what it begins in the background ignore Ctrl-C
+        process = subprocess.Popen(
+            command, cwd=BRAIN, stdout=log, stderr=log, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        )
+    try:
         while "computing on" not in (text := (tmp_path / "log").read_text()):
             assert process.poll() is None, text
             time.sleep(0.2)
         time.sleep(1)
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         process.wait(60)
+    finally:
+        process.kill()
     text = (tmp_path / "log").read_text()
     assert process.returncode and "Traceback" not in text and text.splitlines()[-1].startswith("interrupted; "), text
