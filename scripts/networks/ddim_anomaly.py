@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scripts.losses import variational_bound
 from scripts.networks.slice_network import SliceNetwork
-from scripts.precision import Amp, autocast
+from scripts.precision import Amp, arithmetic, autocast
 from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_from_v, noise_image
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
@@ -134,6 +134,8 @@ class DDIMAnomalyNet(SliceNetwork):
         if len(self.map_weights) != in_channels:
             raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
 
+        # fused attention and channels_last are a tenth faster on a CPU, but their gradients in bfloat16 a third slower
+        in_float32 = arithmetic(self, torch.device("cpu")) == "float32"
         folded = in_channels * fold**2
         self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
         self.unet = DiffusionModelUNet(
@@ -145,7 +147,7 @@ class DDIMAnomalyNet(SliceNetwork):
             num_res_blocks=1,
             num_head_channels=32,
             norm_num_groups=16,
-            use_flash_attention=True,
+            use_flash_attention=in_float32,
         )
         depth = len(classifier_channels)
         self.classifier = DiffusionModelEncoder(
@@ -158,14 +160,15 @@ class DDIMAnomalyNet(SliceNetwork):
             num_res_blocks=1,
             num_head_channels=32,
             norm_num_groups=16,
-            use_flash_attention=True,
+            use_flash_attention=in_float32,
         )
         # MONAI's dense head knows every place by heart; pooling by attention needs few patients
         lowest = [size // fold // 2**depth for size in spatial_size]
         self.classifier.out = nn.Sequential(
             nn.Unflatten(1, (classifier_channels[-1], *lowest)), AttentionPool(classifier_channels[-1], 2)
         )
-        self.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+        if in_float32:
+            self.to(memory_format=torch.channels_last)
         self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
 
     @property

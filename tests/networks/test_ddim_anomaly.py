@@ -60,7 +60,7 @@ def network(in_channels=1, **kwargs):
     net = DDIMAnomalyNet(in_channels, (32, 32), channels=(16, 32), classifier_channels=(32, 32), **kwargs)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn(parameter.shape))  # the same however they are stored
     return net.eval()
 
 
