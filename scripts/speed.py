@@ -219,5 +219,5 @@ def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
         networks["default, bfloat16"] = build_network(bundle, amp=True)
     settings = ", ".join(f"{key} {value}" for key, value in default.published.items())
     logger.info(f"{bundle.name} on {dataset_dir} ({section}); published: {settings}")
-    measure = locate(configuration(bundle, "evaluate")["benchmark"])
+    measure = locate(configuration(bundle, "inference", "evaluate")["benchmark"])
     return measure(bundle, networks, dataset_dir, number, section)

@@ -126,6 +126,7 @@ def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(tmp_path
     monkeypatch.setattr(generation_benchmark, "benchmark_sampling", lambda *args: asked.append(args) or "rows")
     name = {"benchmark": "scripts.tasks.generation.benchmark.benchmark_sampling"}
     (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "inference.json").write_text("{}")
     (tmp_path / "configs" / "evaluate.json").write_text(json.dumps(name))
     assert speed.benchmark(tmp_path, "data", 12, "test") == "rows"
     ((bundle, networks, *rest),) = asked
