@@ -25,6 +25,15 @@ from scipy import ndimage
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
+BRAIN, HEAD_CT, CARDIAC, CHEST = BUNDLES = [
+    ROOT / "bundles" / name
+    for name in (
+        "brain_mri_anomaly_ddim",
+        "head_ct_anomaly_ldm",
+        "cardiac_mri_deformable_diffusion",
+        "chest_xray_generative_vdm",
+    )
+]
 LGG = ROOT.parent / "shared" / "data" / "lgg"
 ACDC = ROOT.parent / "shared" / "data" / "acdc"
 MEDNIST = ROOT.parent / "shared" / "data" / "mednist"
@@ -190,7 +199,7 @@ def save_turned(folder: Path, cine: np.ndarray, affine: np.ndarray) -> list[Path
 
 @pytest.fixture(scope="session")
 def bundle() -> Path:
-    return ROOT / "bundles" / "brain_mri_anomaly_ddim"
+    return BRAIN
 
 
 def code_of(*parts: object) -> set[Path]:

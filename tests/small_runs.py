@@ -9,22 +9,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti, save_patient
+from conftest import BRAIN, CARDIAC, CHEST, HEAD_CT, make_cine, make_ct_slice, make_head, save_nifti, save_patient
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data.sections import section_of
 
-BRAIN, HEAD_CT, CHEST, CARDIAC = (
-    ROOT / "bundles" / name
-    for name in (
-        "brain_mri_anomaly_ddim",
-        "head_ct_anomaly_ldm",
-        "chest_xray_generative_vdm",
-        "cardiac_mri_deformable_diffusion",
-    )
-)
 VOXELS = np.diag([1.5, 1.5, 3.15, 1.0])
 
 # what is inferred: the bundle, other configurations beside inference.json, and settings

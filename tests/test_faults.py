@@ -23,8 +23,9 @@ import pydicom
 import pytest
 import torch
 from conftest import (
+    BRAIN,
     FORKSERVER,
-    ROOT,
+    HEAD_CT,
     files_below,
     make_ct_slice,
     make_head,
@@ -47,10 +48,9 @@ LONG = bool(os.environ.get("STRESS"))
 COHORT_KILLS, TRAINING_KILLS, NUM_DAMAGED = (12, 6, 1000) if LONG else (2, 1, 60)
 MEMORY = 6 * 2**30  # bytes that a run on damaged files may take
 
-BRAIN, HEAD = (ROOT / "bundles" / name for name in ("brain_mri_anomaly_ddim", "head_ct_anomaly_ldm"))
 QUICK = {
     BRAIN: {"spatial_size": [32, 32], "pixdim": [8.0, 8.0, -1.0], "num_steps": 1, "guidance_steps": 1},
-    HEAD: {"spatial_size": [32, 32], "pixdim": 8.6, "num_steps": 1, "band_levels": 2},
+    HEAD_CT: {"spatial_size": [32, 32], "pixdim": 8.6, "num_steps": 1, "band_levels": 2},
 }
 
 
@@ -310,7 +310,7 @@ def odd_picture(rng, path):
 DAMAGES = {
     BRAIN: [odd_header, wrong_voxels, flipped_header, odd_series] * 2
     + [odd_header, flipped_nifti, flipped_archive, cut_nifti, wrong_ending, odd_header, odd_header],
-    HEAD: [odd_picture, odd_header, odd_picture, wrong_voxels, odd_series, odd_picture, cut_nifti, wrong_ending],
+    HEAD_CT: [odd_picture, odd_header, odd_picture, wrong_voxels, odd_series, odd_picture, cut_nifti, wrong_ending],
 }
 
 
@@ -323,7 +323,7 @@ def damaged_scans(bundle: Path, folder: Path, number: int) -> list[str]:
     return [f"{i:04}" for i in range(number)]
 
 
-@pytest.mark.parametrize("bundle", [BRAIN, HEAD], ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize("bundle", [BRAIN, HEAD_CT], ids=lambda bundle: bundle.name)
 def test_every_damaged_scan_of_a_cohort_gives_a_result_or_one_line_that_names_it(tmp_path, bundle):
     names = damaged_scans(bundle, tmp_path / "scans", NUM_DAMAGED // 2)
     output, log = tmp_path / "results", tmp_path / "log"
@@ -359,8 +359,8 @@ class Attack:
 
 def in_a_bundle(weights: Path) -> nn.Module:
     """The network of a bundle with these weights, as ``verify`` and ``benchmark`` make it."""
-    bundle = shutil.copytree(HEAD, weights.parent / HEAD.name, ignore=shutil.ignore_patterns("model.pt", "scripts"))
-    (Path(bundle) / "scripts").symlink_to(HEAD / "scripts")
+    bundle = shutil.copytree(HEAD_CT, weights.parent / HEAD_CT.name, ignore=shutil.ignore_patterns("model.pt", "scripts"))
+    (Path(bundle) / "scripts").symlink_to(HEAD_CT / "scripts")
     shutil.copy(weights, Path(bundle) / "models" / "model.pt")
     return build_network(Path(bundle))
 

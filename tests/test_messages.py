@@ -9,14 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_cine, make_head, run_command, run_forked, save_nifti, save_patient
+from conftest import BRAIN, CARDIAC, CHEST, make_cine, make_head, run_command, run_forked, save_nifti, save_patient
 
 from scripts import messages
-
-BRAIN, CARDIAC, CHEST = (
-    ROOT / "bundles" / name
-    for name in ("brain_mri_anomaly_ddim", "cardiac_mri_deformable_diffusion", "chest_xray_generative_vdm")
-)
 
 
 def told(error: BaseException, capsys: pytest.CaptureFixture) -> str:

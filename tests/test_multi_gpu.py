@@ -10,19 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finished, make_cine, make_ct_slice, rows_of, run_forked, save_nifti, save_patient, torchrun
+from conftest import (
+    BRAIN,
+    CARDIAC,
+    CHEST,
+    HEAD_CT,
+    finished,
+    make_cine,
+    make_ct_slice,
+    rows_of,
+    run_forked,
+    save_nifti,
+    save_patient,
+    torchrun,
+)
 from PIL import Image
 from small_runs import TINY, losses
 
 from scripts.data.sections import section_of
 
-BUNDLES = (
-    "brain_mri_anomaly_ddim",
-    "head_ct_anomaly_ldm",
-    "chest_xray_generative_vdm",
-    "cardiac_mri_deformable_diffusion",
-)
-BRAIN, HEAD_CT, CHEST, CARDIAC = (ROOT / "bundles" / name for name in BUNDLES)
 # settings of the trainings by bundle and overlay, to be quick
 BRAIN_SIZES = ("--spatial_size", "[32,32]", "--pixdim", "[4.0,4.0,-1.0]")
 SMALL = {

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_below, make_ct_slice, make_head, rows_of, run_forked, save_nifti, save_patient
+from conftest import BRAIN, HEAD_CT, files_below, make_ct_slice, make_head, rows_of, run_forked, save_nifti, save_patient
 from PIL import Image
 
 import scripts.files
@@ -19,9 +19,7 @@ from scripts.files import files_written_aside, recorded_files, written_aside
 from scripts.results import FolderSaver
 from scripts.tasks.generation.results import GeneratedSaver
 
-BRAIN = ROOT / "bundles" / "brain_mri_anomaly_ddim"
 QUICK = ("--spatial_size", "[32,32]", "--pixdim", "[8,8,-1]", "--num_steps", 1, "--guidance_steps", 1)
-HEAD = ROOT / "bundles" / "head_ct_anomaly_ldm"
 HEAD_QUICK = ("--spatial_size", "[32,32]", "--pixdim", 8.6, "--num_steps", 1, "--band_levels", 2)
 META = {"name": "a bundle", "version": "1.0"}
 
@@ -281,7 +279,7 @@ def test_what_a_user_put_into_the_folder_of_a_case_stays_when_it_is_done_again(t
 
 @pytest.mark.parametrize(
     ("bundle", "names", "settings"),
-    [(BRAIN, ("dup.nii", "dup.nii.gz"), QUICK), (HEAD, ("dup.png", "dup.bmp"), HEAD_QUICK)],
+    [(BRAIN, ("dup.nii", "dup.nii.gz"), QUICK), (HEAD_CT, ("dup.png", "dup.bmp"), HEAD_QUICK)],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_two_files_of_one_name_fail_with_both_paths_and_the_other_case_is_done(tmp_path, bundle, names, settings):

@@ -6,20 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_head, run_forked, save_nifti
+from conftest import BRAIN, BUNDLES, CARDIAC, CHEST, HEAD_CT, ROOT, make_head, run_forked, save_nifti
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
-
-BRAIN, HEAD, CARDIAC, CHEST = (
-    ROOT / "bundles" / name
-    for name in (
-        "brain_mri_anomaly_ddim",
-        "head_ct_anomaly_ldm",
-        "cardiac_mri_deformable_diffusion",
-        "chest_xray_generative_vdm",
-    )
-)
-BUNDLES = [BRAIN, HEAD, CARDIAC, CHEST]
 
 
 def checked(bundle: Path, *names: str, own: dict | None = None, **overrides: object) -> ConfigParser:
@@ -85,7 +74,7 @@ def test_every_configuration_that_initializes_begins_with_the_check():
         (BRAIN, "train", "network_def#channels", [16, 32], [16, 32]),
         (BRAIN, "train", "train#trainer#max_epochs", 3, 3),
         (BRAIN, "train", "train#dataset#data", [{"image": "a"}], [{"image": "a"}]),
-        (HEAD, "inference", "class_folder", "null", None),
+        (HEAD_CT, "inference", "class_folder", "null", None),
         (CARDIAC, "inference", "ends", [0, 3], [0, 3]),
         (CHEST, "inference", "label", "null", None),
         (CHEST, "inference", "number", 1e1, 10),
@@ -113,7 +102,7 @@ def test_a_value_is_taken_as_what_it_stands_for(bundle, config, setting, given, 
         (BRAIN, "inference", "section", 3, "--section: must be a word such as all, got 3"),
         (BRAIN, "inference", "output_dir", 1e1, "--output_dir: must be a file or folder, got 10.0; write ./NAME"),
         (BRAIN, "inference", "output_dir", True, "--output_dir: must be a file or folder"),
-        (HEAD, "inference", "recalibrate", True, "--recalibrate: no such setting"),
+        (HEAD_CT, "inference", "recalibrate", True, "--recalibrate: no such setting"),
     ],
 )
 def test_what_nothing_reads_or_is_of_another_kind_is_told(bundle, config, setting, given, told):
