@@ -23,7 +23,7 @@ from scripts.data.cohort import table_rows
 from scripts.files import files_written_aside, locked, recorded_files, sha256_of, written_aside
 from scripts.precision import arithmetic
 
-__all__ = ["FolderSaver", "ResultSaver"]
+__all__ = ["FolderSaver", "ResultSaver", "millilitres", "write_nifti"]
 
 logger = logging.getLogger(__name__)
 
