@@ -131,10 +131,9 @@ def compare(networks: Mapping[str, nn.Module], trial: Trial, device: torch.devic
         device: where the networks are.
 
     Returns:
-        a row a network and batch size: ``method``, ``batch``, ``gflop`` (of the published procedure that of the first input)
-        and calls of each sub-network, both for one input,
-        ``seconds`` for one input, ``times`` faster than the published procedure, ``share`` of the machine's peak in
-        percent, and the trial's figures.
+        a row a network and batch size: ``method``, ``batch``; for one input ``gflop``, calls of each sub-network and
+        ``seconds``; ``times`` faster than the published procedure, ``share`` of the machine's peak in percent, and the
+        trial's figures.
     """
     peaks = {"float32": peak_gflops(device)}
     if HALF in networks:
@@ -158,8 +157,7 @@ def compare(networks: Mapping[str, nn.Module], trial: Trial, device: torch.devic
         with calls_counted(network) as calls:
             outputs, seconds = _timed(lambda run=network, of=batches: _run(run, of, device))
         number = len(trial.inputs)
-        counted = batches[:1] if name == PUBLISHED else batches  # that of the published procedure takes long
-        gflop = gflop_of(network, counted, device) / sum(len(batch) for batch in counted)
+        gflop = gflop_of(network, batches, device) / number
         seconds /= number
         rows.append(
             {
@@ -214,9 +212,9 @@ def benchmark(bundle: Path, dataset_dir: str, number: int, section: str) -> Any:
     """
     default = build_network(bundle, amp=False)
     device = next(default.parameters()).device
-    networks = {"published": build_network(bundle, amp=False, **default.published), "default": default}
+    networks = {PUBLISHED: build_network(bundle, amp=False, **default.published), DEFAULT: default}
     if has_bfloat16(device.type):
-        networks["default, bfloat16"] = build_network(bundle, amp=True)
+        networks[HALF] = build_network(bundle, amp=True)
     settings = ", ".join(f"{key} {value}" for key, value in default.published.items())
     logger.info(f"{bundle.name} on {dataset_dir} ({section}); published: {settings}")
     measure = locate(configuration(bundle, "inference", "evaluate")["benchmark"])
