@@ -73,8 +73,8 @@ class DisplacementInferer(Inferer):
     The network makes no frames: the displacement warps the scan itself, on its own grid, later on.
 
     Args:
-        network_def: the network with the settings wanted, which has ``gammas`` (the fractions of the way) and gives
-            their fields by ``displace``, (B, F, 3, H, W, D); it takes over the weights of the one it is called with.
+        network_def: the network with the settings wanted, whose ``displace(image, gammas)`` gives the fields at fractions
+            of the way, (B, F, 3, H, W, D); it takes over the weights of the one it is called with.
         num_frames: number of frames, evenly spaced from the source to the target; 0 for as many as the cine has
             (``meta["num_frames"]`` of the input), or ``default_frames`` where there are no frames between.
         gammas: fractions of the way in place of evenly spaced ones.
@@ -107,8 +107,7 @@ class DisplacementInferer(Inferer):
             (1, 3 F, H, W, D), in voxels, the components x, y, z of one frame after the other.
         """
         network = _configured(self.network_def, network)
-        network.gammas = self.gammas or self._evenly(inputs)
-        return network.displace(inputs).flatten(1, 2).float()
+        return network.displace(inputs, self.gammas or self._evenly(inputs)).flatten(1, 2).float()
 
     def _evenly(self, inputs: Tensor) -> list[float]:
         in_cine = int(getattr(inputs, "meta", {}).get("num_frames", 0))

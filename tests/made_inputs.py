@@ -136,3 +136,15 @@ def save_series(folder, voxels=None, axes=OBLIQUE, heights=None, names=NAMES, se
                 delattr(header, keyword)
         header.save_as(folder / name, enforce_file_format=True)
     return folder
+
+
+def ball(centre, size=(16, 16, 8)):
+    """A ball of 1 in -1, with a soft edge: (1, 1, H, W, D)."""
+    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float32) for n in size], indexing="ij")
+    square = sum(((axis - c) / r) ** 2 for axis, c, r in zip(axes, centre, (4, 4, 3), strict=True))
+    return (2 * torch.sigmoid(3 * (1.5 - square)) - 1)[None, None]
+
+
+def ball_pair():
+    """A ball that moves by three voxels, source and target: (1, 2, 16, 16, 8)."""
+    return torch.cat([ball((6, 8, 4)), ball((9, 8, 4))], dim=1)

@@ -70,13 +70,12 @@ class Shrinking(nn.Module):
         self.gammas = gammas or torch.linspace(0, 1, num_frames).tolist()
         self.rate = nn.Parameter(torch.tensor(rate))
 
-    def displace(self, image: Tensor) -> Tensor:
+    def displace(self, image: Tensor, gammas: Sequence[float] | None = None) -> Tensor:
         axes = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in image.shape[2:]]
         offset = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
-        return torch.stack([gamma * self.rate * offset for gamma in self.gammas], dim=1).detach()
+        return torch.stack([gamma * self.rate * offset for gamma in gammas or self.gammas], dim=1).detach()
 
     def forward(self, image: Tensor) -> Tensor:
-        self.displacement = self.displace(image)
         return image[:, :1].expand(-1, len(self.gammas), -1, -1, -1)
 
 

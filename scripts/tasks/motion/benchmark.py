@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,8 +74,8 @@ def cine_benchmark(
     rows = compare(networks, trial, device)
     trained, cine = parser.get_parsed_content("network_def").to(device).train(), cines[0].to(device)
     seconds = []
-    for similarity in (trained.similarity, DenseCorrelation().to(device)):
-        trained.similarity = similarity
+    for similarity in (trained.mismatch.similarity, DenseCorrelation().to(device)):
+        trained.mismatch = replace(trained.mismatch, similarity=similarity)
         seconds.append(_seconds_of_training_step(trained, cine))
     logger.info(f"training step {seconds[0]:.3f} s, with a dense window {seconds[1] / seconds[0]:.2f} times as long")
     return rows
