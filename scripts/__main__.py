@@ -24,12 +24,14 @@ BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
 
 def _bundles(*names: str) -> list[Path]:
-    """Folders of the named bundles, or of all if none is named."""
+    """Folders of the named bundles, each a name of the project's or the path of another folder; of all if none is named."""
     known = {path.parents[1].name: path.parents[1] for path in sorted(BUNDLES.glob("*/configs/metadata.json"))}
-    for name in names:
+    for name in map(str, names):
+        if name not in known and (Path(name) / "configs" / "metadata.json").is_file():
+            known[name] = Path(name).resolve()
         if name not in known:
             sys.exit(f"no bundle '{name}'; there are: {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return [known[str(name)] for name in names or known]
 
 
 def _bundle(name: str) -> Path:

@@ -109,13 +109,20 @@ def package_all(bundles: list[Path], output_dir: Path, url_base: str = "") -> li
     return packages
 
 
+def own_modules(bundle: Path) -> list[Path]:
+    """Python files beside the bundle's ``configs``, such as a network that is not in ``scripts``."""
+    return sorted(bundle.glob("*.py"))
+
+
 def needed_modules(bundle: Path) -> list[str]:
-    """Files of the package ``scripts`` that the bundle's configurations need, themselves or through imports.
+    """Files of the package ``scripts`` that the bundle's configurations and own modules need, or what these import.
 
     Raises:
         ValueError: if a configuration is no JSON, or names a module that is not there.
     """
     waiting: set[str] = set()
+    for path in own_modules(bundle):
+        waiting.update(_imported_modules(bundle, path, ""))
     for path in sorted((bundle / "configs").glob("*.json")):
         if path.name == "metadata.json":  # prose, which may well talk about the code
             continue
@@ -133,11 +140,7 @@ def needed_modules(bundle: Path) -> list[str]:
         found.add(module)
         path = bundle / module
         within = module.removesuffix(".py").replace("/", ".").rpartition(".")[0]
-        for name in _imports(path.read_text(encoding="utf-8"), within, path):
-            imported = _module_file(bundle, name)
-            if imported is None:
-                raise ValueError(f"{path} imports {name}, which is not there")
-            waiting.add(imported)
+        waiting.update(_imported_modules(bundle, path, within))
     packages = {f"{parent}/__init__.py" for module in found for parent in Path(module).parents if parent != Path(".")}
     return sorted(found | packages)
 
@@ -164,7 +167,7 @@ def _members(bundle: Path) -> dict[str, Path]:
         raise ValueError(f"{bundle / 'LICENSE'} is missing")
     if not (bundle / "scripts").is_dir():
         raise ValueError(f"{bundle / 'scripts'} is neither a folder nor a link to one; mend the link")
-    members = [name for name in FILES if (bundle / name).is_file()]
+    members = [name for name in FILES if (bundle / name).is_file()] + [path.name for path in own_modules(bundle)]
     for path in (path for folder in FOLDERS for path in (bundle / folder).rglob("*")):
         member = path.relative_to(bundle)
         if any(part.startswith((".", "__pycache__")) for part in member.parts) or path.suffix in GENERATED:
@@ -217,6 +220,15 @@ def _imports(code: str, within: str, path: Path) -> Iterator[str]:
             base = ".".join([*package, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
         yield from (name for name in names if name == "scripts" or name.startswith("scripts."))
+
+
+def _imported_modules(bundle: Path, path: Path, within: str) -> Iterator[str]:
+    """Files of ``scripts`` that a Python file of the package ``within`` imports."""
+    for name in _imports(path.read_text(encoding="utf-8"), within, path):
+        module = _module_file(bundle, name)
+        if module is None:
+            raise ValueError(f"{path} imports {name}, which is not there")
+        yield module
 
 
 def _module_file(bundle: Path, name: str) -> str | None:
