@@ -10,6 +10,8 @@ from pathlib import Path
 import fire
 
 from scripts import speed
+from scripts.bundle import configuration
+from scripts.fingerprint import Fingerprint
 from scripts.messages import tell_errors_in_one_line
 from scripts.release.demo import draw_cine, draw_scan
 from scripts.release.download import DownloadError
@@ -136,6 +138,25 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
+def fingerprint(name: str, dataset_dir: str, **settings: object) -> None:
+    """Measure the slices that a bundle is trained on, and write what is usual of them to its models/fingerprint.json.
+
+    Args:
+        name: bundle whose training is by slices.
+        dataset_dir: folder of the cases, as for the training.
+        settings: other settings of the training.
+    """
+    bundle = _bundle(name)
+    parser = configuration(bundle, "train")
+    parser.update({"dataset_dir": str(dataset_dir), **settings})
+    cases = [parser.get_parsed_content(f"{part}#dataset").cases() for part in ("train", "validate")]
+    measured = Fingerprint.of(cases[0])
+    unlike = [max(ratios.values()) > 1 for ratios in map(measured.compare, cases[1]) if ratios]
+    path = bundle / "models" / "fingerprint.json"
+    measured.save(path)
+    print(f"{path}: {measured.num_cases} training cases; {sum(unlike)} of {len(unlike)} validation cases are unlike them")
+
+
 def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
     """Draw a scan that shows no patient, with the bundle's diffusion model; for a bundle of cines, a beating phantom.
 
@@ -207,6 +228,7 @@ def main() -> None:
             "benchmark": run_benchmark,
             "tune": run_tune,
             "baseline": run_baseline,
+            "fingerprint": fingerprint,
             "draw": draw,
             "package": package,
             "download": download,

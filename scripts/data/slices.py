@@ -184,6 +184,13 @@ class SliceDataset(Dataset):
             self.augmentation.set_random_state(seed=seed)
         return self.augmentation(item)
 
+    def cases(self) -> list[Tensor]:
+        """The slices of each case, (N, C, H, W)."""
+        found: dict[str, list[Tensor]] = {}
+        for item in self.slices:
+            found.setdefault(item["case"], []).append(item["image"].float())
+        return [torch.stack(slices) for slices in found.values()]
+
 
 class BalancedBatchSampler(Sampler):
     """Endless batches, half healthy and half diseased, each a function of the seed and its number alone.

@@ -131,6 +131,8 @@ def test_slices_of_all_cases_are_kept_in_half_precision_and_given_in_single():
     item = dataset[1]
     assert item["image"].dtype == torch.float32 and item["class_label"] == 1
     torch.testing.assert_close(item["image"], torch.full((1, 4, 4), 0.1), rtol=1e-3, atol=0)
+    assert [slices.shape for slices in dataset.cases()] == [(2, 1, 4, 4), (1, 1, 4, 4)]
+    torch.testing.assert_close(dataset.cases()[0][1], item["image"])
 
 
 def test_all_bad_cases_are_named_before_any_training():
