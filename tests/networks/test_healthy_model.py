@@ -1,25 +1,50 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
 from monai.inferers import SliceInferer
 from monai.networks.layers import GaussianFilter
+from monai.networks.nets import VQVAE
 from torch import nn
 
-from scripts.networks.healthy_model import HealthyModel, QuantisedModel, local_texture
+from scripts.networks.healthy_model import (
+    Calibration,
+    HealthyModel,
+    HealthySettings,
+    blur,
+    evenness,
+    local_texture,
+    map_by_healing,
+    reduced,
+)
+from scripts.networks.vq_autoencoder import SliceVQVAE
 
 SIZE = (32, 32)
+
+
+@dataclass(frozen=True)
+class GreySettings(HealthySettings):
+    heal_all: bool = False
+    masked_map: bool = True
 
 
 class Grey(HealthyModel):
     """A model to which grey is health: unlikeness is the distance from 0.5, in places of 4 x 4 pixels."""
 
-    def unlikeness(self, image):
-        return nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
+    settings_class = GreySettings
 
-    def heal(self, image, mask, generator=None):
+    def examine(self, image):
+        unlike = nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
+
+        def mapped(threshold):
+            return map_by_healing(image, image, image, unlike > threshold, self.heal, self.settings)
+
+        return unlike, reduced(unlike, self.settings.score), mapped
+
+    def heal(self, image, mask):
         return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), 0.5, image)
 
 
@@ -40,8 +65,7 @@ def images(count=2, channels=1, seed=0):
 
 def quantised(seed=0, **kwargs):
     torch.manual_seed(seed)
-    settings = {"spatial_size": SIZE, "channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4, "min_foreground": 0.0}
-    return QuantisedModel(**{**settings, **kwargs})
+    return SliceVQVAE(**{"channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4, **kwargs})
 
 
 def generator(seed=0):
@@ -89,8 +113,12 @@ def test_the_residual_is_the_mean_over_all_healings_and_the_healed_slice_is_the_
     class Drawn(Grey):
         """Grey, but what it heals gets a grey level that is drawn."""
 
-        def heal(self, image, mask, generator=None):
-            grey = torch.rand(1, generator=self._generator(1) if generator is None else generator)
+        def analyse(self, image):
+            self.generator = self._generator(1)
+            return super().analyse(image)
+
+        def heal(self, image, mask):
+            grey = torch.rand(1, generator=self.generator)
             return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), grey, image)
 
     image = images()
@@ -108,7 +136,7 @@ def test_only_slices_with_something_unlike_are_healed():
     net, image, healed = model(), images(4), []
     image[[0, 2]] = 0.5
     heal = net.heal
-    net.heal = lambda image, mask, generator: healed.append(image) or heal(image, mask, generator)
+    net.heal = lambda image, mask: healed.append(image) or heal(image, mask)
     output = net(image)
     assert torch.equal(torch.cat(healed), image[[1, 3]])
     assert torch.equal(output[[0, 2], 1:2], image[[0, 2]]) and not output[[0, 2], 0].any()
@@ -118,13 +146,13 @@ def test_only_slices_with_something_unlike_are_healed():
 def test_what_is_found_counts_by_how_even_the_slice_is_there():
     image = images()
     plain, weighted = (model(masked_map=False, heal_all=True, texture_offset=offset) for offset in (0.0, 0.2))
-    evenness = 0.2 / (0.2 + local_texture(image))
-    assert torch.equal(plain.evenness(image), torch.ones_like(image))
-    torch.testing.assert_close(weighted.evenness(image), evenness)
-    torch.testing.assert_close(weighted(image)[:, :1], plain(image)[:, :1] * evenness)
+    even = 0.2 / (0.2 + local_texture(image))
+    assert torch.equal(evenness(image, 0.0), torch.ones_like(image))
+    torch.testing.assert_close(evenness(image, 0.2), even)
+    torch.testing.assert_close(weighted(image)[:, :1], plain(image)[:, :1] * even)
     assert torch.equal(weighted(image)[:, 1:], plain(image)[:, 1:])
     # the black place is even up to its edge, the noise around it is not
-    assert (evenness[:, :, 12:20, 12:20] == 1).all() and evenness[:, :, :10].max() < 0.95
+    assert (even[:, :, 12:20, 12:20] == 1).all() and even[:, :, :10].max() < 0.95
 
 
 def test_an_even_region_has_no_texture_up_to_its_edge_and_noise_has():
@@ -145,9 +173,9 @@ def test_an_even_region_has_no_texture_up_to_its_edge_and_noise_has():
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0, 3.0])
 def test_a_smoothed_mask_is_1_deep_inside_and_0_far_outside(smoothing):
-    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    mask[..., :4] = True  # the left half, 16 pixels
-    smooth = model(smoothing=smoothing).smooth(mask)[0, 0, 16]
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., :16] = 1
+    smooth = blur(mask, smoothing)[0, 0, 16]
     assert smooth.shape == (32,) and 0 <= smooth.min() and smooth.max() <= 1 + 1e-5
     assert smooth[4 if smoothing < 3 else 12] > 0.85 and smooth[-4] < 0.01
     if smoothing:
@@ -158,12 +186,12 @@ def test_a_smoothed_mask_is_1_deep_inside_and_0_far_outside(smoothing):
 
 def test_the_score_is_of_the_most_unlike_place_or_of_the_mean():
     image = images()
-    unlike = model().unlikeness(image)
-    torch.testing.assert_close(model(score="max").score(image), unlike.amax(dim=(1, 2, 3)))
-    torch.testing.assert_close(model(score="mean").score(image), unlike.mean(dim=(1, 2, 3)))
+    unlike = model().measure(image)[0]
+    torch.testing.assert_close(model(score="max").measure(image)[1], unlike.amax(dim=(1, 2, 3)))
+    torch.testing.assert_close(model(score="mean").measure(image)[1], unlike.mean(dim=(1, 2, 3)))
     for score in ("max", "mean"):
         net = model(score=score)
-        torch.testing.assert_close(net(image)[:, -1, 0, 0], net.score(image) / (net.score(image) + 0.2))
+        torch.testing.assert_close(net(image)[:, -1, 0, 0], net.measure(image)[1] / (net.measure(image)[1] + 0.2))
 
 
 def test_a_model_that_was_never_calibrated_calls_everything_abnormal_but_a_score_of_zero():
@@ -223,7 +251,7 @@ def test_the_input_is_left_alone_and_its_type_is_kept(dtype):
 
 def test_no_gradient_is_recorded():
     image = images().requires_grad_()
-    assert not model()(image).requires_grad and not model().score(image).requires_grad
+    assert not model()(image).requires_grad and not model().measure(image)[1].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -252,7 +280,7 @@ def noise(count, seed=0):
 def test_the_threshold_is_exceeded_by_the_rest_of_the_healthy_places(percentile):
     net, image = model(percentile=percentile), noise(100)
     net.calibrate([{"image": image}])
-    above = (net.unlikeness(image) > net.quantile("healthy_places", percentile)).float().mean()
+    above = (net.measure(image)[0] > net.calibration.threshold(net.settings)).float().mean()
     assert above.item() == pytest.approx(1 - percentile / 100, abs=0.0005)
 
 
@@ -260,7 +288,7 @@ def test_the_threshold_is_exceeded_by_the_rest_of_the_healthy_places(percentile)
 def test_a_slice_at_the_percentile_of_healthy_slices_gets_an_abnormality_of_a_half(score):
     net, image = model(score=score), noise(41)
     net.calibrate([{"image": image}])
-    order = net.score(image).argsort()
+    order = net.measure(image)[1].argsort()
     abnormality = net(image)[order, -1, 0, 0]
     assert abnormality[39].item() == pytest.approx(0.5, abs=1e-6)  # 97.5 % of 40
     assert (abnormality[:39] < 0.5).all() and abnormality[40] > 0.5
@@ -282,8 +310,8 @@ def test_calibration_does_not_depend_on_batches_and_skips_empty_slices():
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_runs_in_evaluation_mode_and_goes_back(training):
     net, modes = model().train(training), []
-    unlikeness = net.unlikeness
-    net.unlikeness = lambda image: modes.append(net.training) or unlikeness(image)
+    examine = net.examine
+    net.examine = lambda image: modes.append(net.training) or examine(image)
     net.calibrate([{"image": noise(2)}])
     assert set(modes) == {False} and net.training == training
 
@@ -307,7 +335,7 @@ def test_half_precision_weights_carry_the_calibration():
 
 
 def codebook(net):
-    quantiser = net.autoencoder.quantizer.quantizer
+    quantiser = net.quantizer.quantizer
     return {"entries": quantiser.embedding.weight, "sums": quantiser.ema_w, "sizes": quantiser.ema_cluster_size}
 
 
@@ -316,7 +344,7 @@ def copy_of(tensors):
 
 
 def losses(net, image=None, seed=0):
-    return net.autoencoder_losses(images(8) if image is None else image, None, generator(seed))
+    return net.losses(images(8) if image is None else image, generator(seed))
 
 
 def is_latent(entries, latent):
@@ -326,8 +354,8 @@ def is_latent(entries, latent):
 
 def test_the_codebook_begins_with_latents():
     net = quantised().train()
-    quantise, seen = net.autoencoder.quantize, []
-    net.autoencoder.quantize = lambda latent: seen.append(copy_of(codebook(net))) or quantise(latent)
+    quantise, seen = net.quantize, []
+    net.quantize = lambda latent: seen.append(copy_of(codebook(net))) or quantise(latent)
     latent = net.encode(images(8))
     assert not is_latent(codebook(net)["entries"], latent).any()
     losses(net)
@@ -377,12 +405,12 @@ def test_the_losses_depend_on_the_generator_only(training):
 def test_the_losses_are_those_of_the_restored_slices():
     net, image = quantised().eval(), images(8)
     values = losses(net)
-    restored = net.decode(net.encode(image))
+    restored = net.decode_stage_2_outputs(net.encode(image))
     torch.testing.assert_close(values["reconstruction"], (restored - image).abs().mean())
     gap = torch.fft.fft2(restored, norm="ortho").abs() - torch.fft.fft2(image, norm="ortho").abs()
     torch.testing.assert_close(values["spectral"], (gap**2).mean(), rtol=1e-3, atol=1e-6)
     latent = net.encode(image)
-    quantised_latent, _ = net.autoencoder.quantize(latent)
+    quantised_latent, _ = net.quantize(latent)
     torch.testing.assert_close(values["commitment"], 0.25 * ((quantised_latent - latent) ** 2).mean())
     heavy = losses(quantised(spectral_weight=3.0).eval())
     torch.testing.assert_close(heavy["spectral"], 3 * values["spectral"])
@@ -404,47 +432,107 @@ def test_the_losses_train_encoder_and_decoder_and_fall():
     assert totals[-1] < 0.5 * totals[0]
 
 
-def test_a_model_takes_the_autoencoder_and_nothing_else_from_weights(tmp_path):
+def test_the_autoencoder_and_nothing_else_is_taken_from_weights(tmp_path):
     source, net = quantised(seed=1), quantised()
-    source.healthy_places.fill_(3.0)
     state = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
-    torch.save({**state, "unet.weight": torch.zeros(3)}, tmp_path / "model.pt")
-    net.load_autoencoder(tmp_path / "model.pt")
-    for name, value in net.autoencoder.state_dict().items():
-        assert value.dtype == torch.float32 and torch.equal(value, state["autoencoder." + name].float())
-    assert not net.healthy_places.any()
+    weights = {"healthy_places": torch.full((3,), 3.0), "unet.weight": torch.zeros(3)}
+    torch.save({**{f"autoencoder.{name}": value for name, value in state.items()}, **weights}, tmp_path / "model.pt")
+    net.load_from(tmp_path / "model.pt")
+    for name, value in net.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, state[name].float())
 
 
 def test_weights_without_an_autoencoder_are_refused(tmp_path):
     torch.save({"unet.weight": torch.zeros(3)}, tmp_path / "model.pt")
     with pytest.raises(RuntimeError, match="Missing key"):
-        quantised().load_autoencoder(tmp_path / "model.pt")
+        quantised().load_from(tmp_path / "model.pt")
 
 
 def test_bfloat16_arithmetic_stays_close_to_float32():
     net, image = quantised().eval(), images(4)
     rough = copy.deepcopy(net)
     rough.amp = True
-    assert rough.encode(image).dtype == rough.decode(net.encode(image)).dtype == torch.float32
-    torch.testing.assert_close(rough.encode(image), net.encode(image), atol=0.03, rtol=0.03)
-    torch.testing.assert_close(rough.decode(net.encode(image)), net.decode(net.encode(image)), atol=0.03, rtol=0.03)
-    assert not torch.equal(rough.encode(image), net.encode(image))
+    latent = net.encode(image)
+    restored, roughly = net.decode_stage_2_outputs(latent), rough.decode_stage_2_outputs(latent)
+    assert rough.encode(image).dtype == roughly.dtype == torch.float32
+    torch.testing.assert_close(rough.encode(image), latent, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(roughly, restored, atol=0.03, rtol=0.03)
+    assert not torch.equal(rough.encode(image), latent)
 
 
-def test_restoring_is_encoding_and_decoding():
-    net = quantised().eval()
-    image = images()
+def test_in_float32_the_autoencoder_is_monais():
+    net, image = quantised().eval(), images()
+    monais = VQVAE(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        channels=(8, 16),
+        num_res_layers=2,
+        num_res_channels=(8, 16),
+        downsample_parameters=((2, 4, 1, 1),) * 2,
+        upsample_parameters=((2, 4, 1, 1, 0),) * 2,
+        num_embeddings=16,
+        embedding_dim=4,
+    ).eval()
+    monais.load_state_dict(net.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(net.restore(image), net.autoencoder(image)[0])
+        torch.testing.assert_close(net.decode_stage_2_outputs(net.encode(image)), monais(image)[0])
+        assert torch.equal(net.tokens(net.encode(image)), monais.index_quantize(image))
 
 
-def test_the_weights_of_the_autoencoder_alone_can_be_taken_from_a_file(tmp_path):
-    first, second = quantised(seed=0), quantised(seed=1)
-    first.healthy_places.fill_(3)
-    torch.save(first.state_dict(), tmp_path / "model.pt")
-    second.load_autoencoder(tmp_path / "model.pt")
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.autoencoder.parameters(), second.autoencoder.parameters(), strict=True)
-    )
-    assert not second.healthy_places.any()
-    assert second.load_weights(tmp_path / "model.pt") is second and second.healthy_places.all() and not second.training
+def test_the_latents_are_as_much_smaller_as_the_levels_halve():
+    net, image = quantised(), torch.rand(1, 1, 32, 48)
+    assert net.latent_size((32, 48)) == net.encode(image).shape[2:] == (8, 12)
+
+
+# --- settings
+
+
+def test_settings_are_frozen_and_a_configurations_list_is_as_good_as_a_tuple():
+    settings = model().settings
+    with pytest.raises(FrozenInstanceError):
+        settings.healings = 3
+    assert HealthySettings(score="max") == HealthySettings() and hash(settings) == hash(model().settings)
+
+
+def test_a_network_with_other_settings_shares_the_weights_and_has_a_calibration_of_its_own():
+    net, image = Grey(1, SIZE, min_foreground=0.0), images()
+    net.part = nn.Linear(2, 2)
+    net.calibrate([{"image": noise(5)}])
+    before = net(image)
+    other = net.with_settings(healings=2, score="mean")
+    assert other.part is net.part and other.settings == replace(net.settings, healings=2, score="mean")
+    assert net.settings.healings == 1 and torch.equal(other.healthy_scores, net.healthy_scores)
+    other.calibrate([{"image": noise(5)}])
+    assert not torch.equal(other.healthy_scores, net.healthy_scores) and torch.equal(net(image), before)
+    with pytest.raises(ValueError, match="healings must be 1 or more, got 0"):
+        net.with_settings(healings=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"texture_offset": 0.1}, "texture_offset 0.0, not 0.1"), ({"score": "mean"}, "score max, not mean")],
+)
+def test_quantiles_that_were_measured_with_other_settings_are_refused_until_they_are_measured_anew(changes, told, tmp_path):
+    net, image = model(), images()
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    other = net.with_settings(**changes)
+    shipped = Grey(1, SIZE, min_foreground=0.0, calibrated_for={"texture_offset": 0.0, "score": "max"}, **changes)
+    for call in (lambda: other(image), lambda: shipped(image), lambda: shipped.load_weights(tmp_path / "model.pt")):
+        with pytest.raises(ValueError, match=f"measured with {told}: .*network.calibrate.*--recalibrate True"):
+            call()
+    other.calibrate([{"image": noise(3)}])
+    shipped.load_weights(tmp_path / "model.pt", [{"image": noise(3)}])
+    assert torch.equal(other(image), shipped(image)) and net(image).any()
+
+
+def test_settings_that_no_quantile_depends_on_may_change():
+    net = model(percentile=50.0, calibrated_for={"texture_offset": 0, "score": "max"})
+    assert net.with_settings(percentile=90.0, healings=3, smoothing=0.0)(images()).any()
+    assert net.calibration == Calibration(net.healthy_places, net.healthy_scores, net.settings)
+
+
+def test_weights_are_loaded_for_inference(tmp_path):
+    net, fresh = model(), Grey(1, SIZE)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    assert fresh.load_weights(tmp_path / "model.pt") is fresh and fresh.healthy_places.all() and not fresh.training
