@@ -31,7 +31,7 @@ INFERENCES = {
     "cardiac": (CARDIAC, ("evaluate",), {"refinement_steps": 2, "section": "all"}),
 }
 # what is trained: the bundle, other configurations beside train.json, and settings
-CT = {"spatial_size": [32, 32], "network_def#channels": [8, 8], "network_def#num_embeddings": 32}
+CT = {"spatial_size": [32, 32], "network_def#autoencoder": {"channels": [8, 8], "num_embeddings": 32}}
 CINE = {"spatial_size": [32, 32, 8]}
 TRAININGS = {
     "brain": (

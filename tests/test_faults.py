@@ -375,7 +375,7 @@ LOADERS = {
     "inference": lambda path: CheckpointLoader(str(path), {"model": nn.Linear(1, 1)})(Engine(lambda *_: None)),
     "verify": in_a_bundle,
     "initial weights": lambda path: LatentAnomalyNet().load_weights(path),
-    "autoencoder": lambda path: LatentAnomalyNet().load_autoencoder(path),
+    "autoencoder": lambda path: LatentAnomalyNet().autoencoder.load_from(path),
     "resumed training": resume,
 }
 

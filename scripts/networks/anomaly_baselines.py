@@ -5,9 +5,8 @@ The first two are baselines of Pinaya et al. 2022, arXiv 2206.03461.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from monai.networks.nets import DecoderOnlyTransformer, VarAutoEncoder
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
 from scripts.networks.healthy_model import HealthyModel, Mapper, evenness, map_by_healing, reduced
-from scripts.networks.vq_autoencoder import SliceVQVAE, taken_arguments
+from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import autocast
 from scripts.samplers import for_batch
 
@@ -126,8 +125,8 @@ class TransformerAnomalyNet(HealthyModel):
         attn_layers_dim: width of the transformer, a multiple of ``attn_layers_heads``.
         attn_layers_depth: number of its layers.
         attn_layers_heads: number of attention heads of a layer.
-        kwargs: arguments of :class:`scripts.networks.vq_autoencoder.SliceVQVAE` and of
-            :class:`scripts.networks.healthy_model.HealthyModel`.
+        autoencoder: arguments of :class:`scripts.networks.vq_autoencoder.SliceVQVAE`.
+        kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`.
     """
 
     def __init__(
@@ -135,11 +134,11 @@ class TransformerAnomalyNet(HealthyModel):
         attn_layers_dim: int = 192,
         attn_layers_depth: int = 6,
         attn_layers_heads: int = 6,
+        autoencoder: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> None:
-        autoencoder = taken_arguments(kwargs)
         super().__init__(**kwargs)
-        self.autoencoder = SliceVQVAE(self.in_channels, **autoencoder, amp=self.amp)
+        self.autoencoder = SliceVQVAE(self.in_channels, **(autoencoder or {}), amp=self.amp)
         self.num_embeddings = self.autoencoder.num_embeddings
         size = self.autoencoder.latent_size(self.spatial_size)
         self.ordering = Ordering("raster_scan", spatial_dims=2, dimensions=(1, *size))
@@ -151,10 +150,6 @@ class TransformerAnomalyNet(HealthyModel):
             attn_layers_heads=attn_layers_heads,
             use_flash_attention=True,
         )
-
-    def load_autoencoder(self, path: str | Path) -> None:
-        """Take the VQ-VAE, and nothing else, from the weights of a model that has one (``model.pt``)."""
-        self.autoencoder.load_from(path)
 
     def _sequence(self, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w) in their order, after the one that begins a sequence: (B, 1 + h * w)."""

@@ -50,8 +50,6 @@ class HealthySettings:
     healings: int = 1
     texture_offset: float = 0.0
     score: str = "max"
-    heal_all: ClassVar[bool] = False  # heal the whole slice, not only what is unlike
-    masked_map: ClassVar[bool] = True  # multiply the residual with the smoothed mask
     measured: ClassVar[tuple[str, ...]] = ("texture_offset", "score")  # with others, a calibration has other quantiles
 
     def __post_init__(self) -> None:
@@ -276,8 +274,10 @@ def map_by_healing(
     kept: Tensor,
     code: Tensor,
     mask: Tensor,
-    heal: Callable[[Tensor, Tensor], Tensor],
+    heal: Heal,
     settings: HealthySettings,
+    heal_all: bool = False,
+    masked: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What changes when the unlike places of slices are replaced by healthy ones (Pinaya et al. 2022, section 2.3).
 
@@ -288,11 +288,13 @@ def map_by_healing(
         mask: the unlike places (B, 1, h, w), bool.
         heal: takes ``code`` and a mask of some of the slices to the healed ones, with new noise at every call.
         settings: of the model.
+        heal_all: heal the whole slices, not only what is unlike.
+        masked: multiply what changes with the smoothed mask.
 
     Returns:
         anomaly map (B, 1, H, W), 0 or more, and healed slices (B, C, H, W), the first of ``healings``.
     """
-    to_heal = torch.ones_like(mask) if settings.heal_all else mask
+    to_heal = torch.ones_like(mask) if heal_all else mask
     healed, residual = kept.clone(), (image - kept).abs()
     ill = to_heal.flatten(1).any(dim=1)  # healing leaves the others as they are
     if ill.any():
@@ -300,6 +302,6 @@ def map_by_healing(
         healed[ill] = draws[0]
         residual[ill] = sum((image[ill] - draw).abs() for draw in draws) / len(draws)
     anomaly = residual.mean(dim=1, keepdim=True) * evenness(image, settings.texture_offset)
-    if settings.masked_map:
+    if masked:
         anomaly = anomaly * blur(nn.functional.interpolate(mask.float(), image.shape[2:]), settings.smoothing)
     return anomaly, healed

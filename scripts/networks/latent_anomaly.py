@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
 from scripts.networks.healthy_model import HealthyModel, HealthySettings, Mapper, blur, evenness, map_by_healing, reduced
-from scripts.networks.vq_autoencoder import SliceVQVAE, taken_arguments
+from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import autocast
 from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_image, posterior
 
@@ -72,14 +71,6 @@ class LatentSettings(HealthySettings):
         levels = (*self.band, *(self.score_band or ()), self.start_level)
         if not all(1 <= level <= self.num_levels for level in levels):
             raise ValueError(f"band, score_band and start_level must lie in 1 ... {self.num_levels}")
-
-    @property
-    def heal_all(self) -> bool:
-        return self.variant == "a"
-
-    @property
-    def masked_map(self) -> bool:
-        return self.variant in "cd"
 
 
 def levels_of(band: Sequence[int], number: int) -> list[int]:
@@ -143,9 +134,8 @@ def heal(
         return torch.where(mask, x, noise_image(z0, first if solver else draw(z0), alphas_cumprod[s].float()))
 
     x = noise_image(z0, first, alphas_cumprod[levels[0]].float())
-    if solver is None:
-        return ddpm(model, x, levels, alphas_cumprod, correct=keep, draw_noise=draw)
-    return SOLVERS[solver](model, x, levels, alphas_cumprod, correct=keep)
+    steps = SOLVERS[solver] if solver else partial(ddpm, draw_noise=draw)
+    return steps(model, x, levels, alphas_cumprod, correct=keep)
 
 
 class LatentAnomalyNet(HealthyModel):
@@ -159,8 +149,8 @@ class LatentAnomalyNet(HealthyModel):
         num_res_blocks: residual blocks a level.
         schedule: noise schedule, see :func:`scripts.samplers.alphas_cumprod_table`.
         level_power: training levels are drawn as T·u^level_power, u uniform; above 1 the lower ones come more often.
-        kwargs: arguments of :class:`scripts.networks.vq_autoencoder.SliceVQVAE` and of
-            :class:`scripts.networks.healthy_model.HealthyModel`, and those of :class:`LatentSettings`.
+        autoencoder: arguments of :class:`scripts.networks.vq_autoencoder.SliceVQVAE`.
+        kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel` and of :class:`LatentSettings`.
     """
 
     settings_class = LatentSettings
@@ -183,12 +173,12 @@ class LatentAnomalyNet(HealthyModel):
         num_res_blocks: int = 1,
         schedule: str = "linear",
         level_power: float = 1.5,
+        autoencoder: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> None:
-        autoencoder = taken_arguments(kwargs)
         super().__init__(**kwargs)
         self.level_power = level_power
-        self.autoencoder = SliceVQVAE(self.in_channels, **autoencoder, amp=self.amp)
+        self.autoencoder = SliceVQVAE(self.in_channels, **(autoencoder or {}), amp=self.amp)
         embedding_dim = self.autoencoder.embedding_dim
         self.unet = DiffusionModelUNet(
             spatial_dims=2,
@@ -204,10 +194,6 @@ class LatentAnomalyNet(HealthyModel):
         self.register_buffer("latent_std", torch.ones(1, embedding_dim, 1, 1))
         table = alphas_cumprod_table(schedule, self.settings.num_levels)
         self.register_buffer("alphas_cumprod", table, persistent=False)
-
-    def load_autoencoder(self, path: str | Path) -> None:
-        """Take the VQ-VAE, and nothing else, from the weights of a model that has one (``model.pt``)."""
-        self.autoencoder.load_from(path)
 
     def as_published(self, batches: Iterable[dict]) -> LatentAnomalyNet:
         """A network with these weights, which both share, that follows the published procedure.
@@ -257,7 +243,8 @@ class LatentAnomalyNet(HealthyModel):
 
         def mapped(threshold: Tensor) -> tuple[Tensor, Tensor]:
             heal = partial(self.heal, generator=self._generator(1))
-            return map_by_healing(image, self.decode(latent), latent, unlike > threshold, heal, settings)
+            kept, mask, variant = self.decode(latent), unlike > threshold, settings.variant
+            return map_by_healing(image, kept, latent, mask, heal, settings, variant == "a", variant in "cd")
 
         unlike = over(settings.band)
         scored = over(settings.score_band) if settings.score_band else unlike
@@ -265,10 +252,10 @@ class LatentAnomalyNet(HealthyModel):
 
     def heal(self, latent: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Slices (B, C, H, W) of latents (B, embedding_dim, h, w) that are healed inside ``mask`` (B, 1, h, w)."""
-        start, solver, num_steps = self.settings.start_level, self.settings.solver, self.settings.num_steps
-        solver, num_steps = (solver, num_steps) if self.settings.variant == "d" else (None, start)
+        s = self.settings
+        solver, num_steps = (s.solver, s.num_steps) if s.variant == "d" else (None, s.start_level)
+        levels = level_grid(s.start_level, num_steps)[::-1]
         draw = partial(self._draw, generator=generator)
-        levels = level_grid(start, num_steps)[::-1]
         return self.decode(heal(self.noise, latent, mask, levels, self.alphas_cumprod, draw, solver))
 
     @torch.no_grad()

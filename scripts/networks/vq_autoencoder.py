@@ -13,14 +13,7 @@ from torch import Tensor
 from scripts.losses import SpectralLoss
 from scripts.precision import Amp, autocast
 
-__all__ = ["SliceVQVAE", "taken_arguments"]
-
-ARGUMENTS = ("channels", "num_res_layers", "num_embeddings", "embedding_dim", "spectral_weight")
-
-
-def taken_arguments(kwargs: dict[str, object]) -> dict[str, object]:
-    """Take what is :class:`SliceVQVAE`'s out of the arguments of a network that has one: a configuration lists all flat."""
-    return {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
+__all__ = ["SliceVQVAE"]
 
 
 class SliceVQVAE(VQVAE):

@@ -13,9 +13,7 @@ SIZE = (32, 32)  # of the slices; the transformer's tokens are 8 x 8
 VAE = {"spatial_size": SIZE, "latent_size": 6, "channels": (8, 16), "min_foreground": 0.0}
 TRANSFORMER = {
     "spatial_size": SIZE,
-    "channels": (8, 16),
-    "num_embeddings": 16,
-    "embedding_dim": 4,
+    "autoencoder": {"channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4},
     "attn_layers_dim": 32,
     "attn_layers_depth": 2,
     "attn_layers_heads": 4,

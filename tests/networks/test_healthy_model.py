@@ -39,8 +39,10 @@ class Grey(HealthyModel):
     def examine(self, image):
         unlike = nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
 
+        heal_all, masked_map = self.settings.heal_all, self.settings.masked_map
+
         def mapped(threshold):
-            return map_by_healing(image, image, image, unlike > threshold, self.heal, self.settings)
+            return map_by_healing(image, image, image, unlike > threshold, self.heal, self.settings, heal_all, masked_map)
 
         return unlike, reduced(unlike, self.settings.score), mapped
 

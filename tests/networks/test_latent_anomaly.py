@@ -18,9 +18,7 @@ HEALING = [("b", "ddim"), ("c", "ddim"), *(("d", solver) for solver in SOLVERS)]
 SIZE = (32, 32)  # of the slices; of the latents 8 x 8
 TINY = {
     "spatial_size": SIZE,
-    "channels": (8, 16),
-    "num_embeddings": 16,
-    "embedding_dim": 4,
+    "autoencoder": {"channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4},
     "unet_channels": (32, 32),
     "min_foreground": 0.0,
     "band_levels": 5,
@@ -574,12 +572,9 @@ def test_the_variants_of_a_table_share_the_weights_and_the_published_one_has_thr
     net.calibrate([{"image": images(4)}])
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     found = net.variants(["a", "b", "c", "d", "published"], [{"image": images(4)}])
-    assert {name: (v.settings.variant, v.settings.masked_map, v.settings.heal_all) for name, v in found.items()} == {
-        "a": ("a", False, True),
-        "b": ("b", False, False),
-        "c": ("c", True, False),
-        "d": ("d", True, False),
-        "published": ("c", True, False),
+    assert {name: v.settings.variant for name, v in found.items()} == {
+        **{name: name for name in "abcd"},
+        "published": "c",
     }
     assert all(v.unet is net.unet for v in found.values())
     assert torch.equal(found["d"](images()), net(images()))
@@ -605,7 +600,7 @@ def test_the_autoencoder_and_nothing_else_is_taken_from_the_weights(tmp_path):
     source, net = network(), LatentAnomalyNet(**TINY)
     unet = {name: value.clone() for name, value in net.unet.state_dict().items()}
     torch.save(source.state_dict(), tmp_path / "model.pt")
-    net.load_autoencoder(tmp_path / "model.pt")
+    net.autoencoder.load_from(tmp_path / "model.pt")
     taken = net.autoencoder.state_dict()
     assert all(torch.equal(value, taken[name]) for name, value in source.autoencoder.state_dict().items())
     assert all(torch.equal(value, unet[name]) for name, value in net.unet.state_dict().items())

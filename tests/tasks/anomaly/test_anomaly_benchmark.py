@@ -131,7 +131,8 @@ def test_a_model_of_healthy_slices_is_calibrated_anew_for_the_published_procedur
         "calibrate",
         lambda self, loader: batches.append(self.settings.max_batch) or calibrate(self, loader),
     )
-    default = LatentAnomalyNet(channels=(8, 16), num_embeddings=16, unet_channels=(32, 32), band_levels=2).eval()
+    autoencoder = {"channels": (8, 16), "num_embeddings": 16}
+    default = LatentAnomalyNet(autoencoder=autoencoder, unet_channels=(32, 32), band_levels=2).eval()
     published = default.with_settings(**default.published)
     benchmark.anomaly_benchmark(
         picture_bundle.path, {"default": default, "published": published}, picture_bundle.data, 4, "all"
