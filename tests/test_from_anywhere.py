@@ -30,7 +30,7 @@ BRAIN, HEAD_CT, CINE, CHEST = NAMES = (
 )
 QUICK = {
     BRAIN: {"num_steps": 1, "guidance_steps": 1},
-    HEAD_CT: {"num_steps": 1, "band_levels": 1, "healings": 1},
+    HEAD_CT: {"num_steps": 1, "band_levels": 1, "calibrated_for#band_levels": 1, "healings": 1},
     CINE: {"num_frames": 2, "refinement_steps": 0},
     CHEST: {"number": 1, "num_steps": 1},
 }
