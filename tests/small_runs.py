@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from conftest import BRAIN, CARDIAC, CHEST, HEAD_CT, make_cine, make_ct_slice, make_head, save_nifti, save_patient
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
@@ -84,6 +85,13 @@ TINY = {
     "image": ("--network_def#channels", "[32,32]", "--network_def#num_steps", 2),
     "medvdm": ("--network_def#hidden_size", 16, "--network_def#latent_size", 4, "--network_def#num_steps", 2),
 }
+
+
+def training_images(bundle: Path, dataset_dir: Path, **settings: object) -> torch.Tensor:
+    """All slices that a bundle is trained on, (N, C, H, W), as they are."""
+    config = ConfigParser.load_config_file(bundle / "configs" / "train.json")
+    parser = ConfigParser({**config, "bundle_root": str(bundle), "dataset_dir": str(dataset_dir), **settings})
+    return torch.stack([item["image"] for item in parser.get_parsed_content("train#dataset")])
 
 
 def make_data(folder: Path) -> None:

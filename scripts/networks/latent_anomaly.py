@@ -271,7 +271,7 @@ class LatentAnomalyNet(HealthyModel):
         """Measure mean and standard deviation of each channel of the latents, before the U-Net's training.
 
         Args:
-            batches: dictionaries with ``image``, healthy slices (B, C, H, W) in [0, 1].
+            batches: dictionaries with ``image``, the slices (B, C, H, W) in [0, 1] of the training, as they are.
         """
         latents = torch.cat([self.autoencoder.encode(batch["image"].to(self.latent_mean.device)) for batch in batches])
         self.latent_mean.copy_(latents.mean(dim=(0, 2, 3), keepdim=True))
