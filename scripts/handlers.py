@@ -14,7 +14,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -113,9 +113,14 @@ class Calibration:
 class ModelSaver:
     """Write the averaged weights as the bundle's ``model.pt``: a plain state dict, CPU tensors only, in half precision.
 
+    A tensor that half precision can't hold stays as it is, such as the counts of a codebook, which may exceed 65,504.
+
     Args:
         path: the file.
         ema: the averaged network.
+
+    Raises:
+        FloatingPointError: if a tensor is not finite; the file stays as it was.
     """
 
     def __init__(self, path: str | Path, ema: AveragedModel) -> None:
@@ -128,9 +133,19 @@ class ModelSaver:
         if idist.get_rank():
             return
         network: nn.Module = self.ema.module
-        state = {k: (v.half() if v.is_floating_point() else v).cpu() for k, v in network.state_dict().items()}
+        state = {name: _in_half_precision(value).cpu() for name, value in network.state_dict().items()}
+        if faulty := [name for name, value in state.items() if not value.isfinite().all()]:
+            raise FloatingPointError(
+                f"{self.path} is not written: {', '.join(faulty)} would hold values that are not finite; "
+                "train with a smaller --learning_rate"
+            )
         with written_aside(self.path) as aside:
             torch.save(state, aside)
+
+
+def _in_half_precision(value: Tensor) -> Tensor:
+    half = value.half() if value.is_floating_point() else value
+    return half if half.isfinite().all() else value
 
 
 class ProgressBar:

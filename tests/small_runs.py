@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from conftest import BRAIN, CARDIAC, CHEST, HEAD_CT, make_cine, make_ct_slice, make_head, save_nifti, save_patient
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
@@ -18,17 +19,20 @@ from scripts.data.sections import section_of
 
 VOXELS = np.diag([1.5, 1.5, 3.15, 1.0])
 
+# quicker than what the quantiles were measured with, which changes what is found and not how
+FEW_LEVELS = {"band_levels": 2, "calibrated_for#band_levels": 2}
+
 # what is inferred: the bundle, other configurations beside inference.json, and settings
 INFERENCES = {
     "brain": (BRAIN, ("evaluate",), {"num_steps": 1, "guidance_steps": 1, "section": "all"}),
     "brain by stochastic steps": (BRAIN, (), {"mode": "ddpm", "num_steps": 2, "guidance_steps": 0}),
-    "head CT": (HEAD_CT, (), {"band_levels": 2, "healings": 2}),
-    "head CT by stochastic steps": (HEAD_CT, (), {"band_levels": 2, "variant": "c", "start_level": 5, "healings": 1}),
+    "head CT": (HEAD_CT, (), {**FEW_LEVELS, "healings": 2}),
+    "head CT by stochastic steps": (HEAD_CT, (), {**FEW_LEVELS, "variant": "c", "start_level": 5, "healings": 1}),
     "chest X-ray": (CHEST, (), {"number": 3, "num_steps": 3, "batch_size": 2}),
     "cardiac": (CARDIAC, ("evaluate",), {"refinement_steps": 2, "section": "all"}),
 }
 # what is trained: the bundle, other configurations beside train.json, and settings
-CT = {"spatial_size": [32, 32], "network_def#channels": [8, 8], "network_def#num_embeddings": 32}
+CT = {"spatial_size": [32, 32], "network_def#autoencoder": {"channels": [8, 8], "num_embeddings": 32}}
 CINE = {"spatial_size": [32, 32, 8]}
 TRAININGS = {
     "brain": (
@@ -81,6 +85,13 @@ TINY = {
     "image": ("--network_def#channels", "[32,32]", "--network_def#num_steps", 2),
     "medvdm": ("--network_def#hidden_size", 16, "--network_def#latent_size", 4, "--network_def#num_steps", 2),
 }
+
+
+def training_images(bundle: Path, dataset_dir: Path, **settings: object) -> torch.Tensor:
+    """All slices that a bundle is trained on, (N, C, H, W), as they are."""
+    config = ConfigParser.load_config_file(bundle / "configs" / "train.json")
+    parser = ConfigParser({**config, "bundle_root": str(bundle), "dataset_dir": str(dataset_dir), **settings})
+    return torch.stack([item["image"] for item in parser.get_parsed_content("train#dataset")])
 
 
 def make_data(folder: Path) -> None:

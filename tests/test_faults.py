@@ -38,6 +38,7 @@ from ignite.engine import Engine
 from made_inputs import save_series
 from monai.handlers import CheckpointLoader
 from PIL import Image
+from small_runs import FEW_LEVELS
 from torch import nn
 
 from scripts.bundle import build_network
@@ -50,7 +51,7 @@ MEMORY = 6 * 2**30  # bytes that a run on damaged files may take
 
 QUICK = {
     BRAIN: {"spatial_size": [32, 32], "pixdim": [8.0, 8.0, -1.0], "num_steps": 1, "guidance_steps": 1},
-    HEAD_CT: {"spatial_size": [32, 32], "pixdim": 8.6, "num_steps": 1, "band_levels": 2},
+    HEAD_CT: {"spatial_size": [32, 32], "pixdim": 8.6, "num_steps": 1, **FEW_LEVELS},
 }
 
 
@@ -375,7 +376,7 @@ LOADERS = {
     "inference": lambda path: CheckpointLoader(str(path), {"model": nn.Linear(1, 1)})(Engine(lambda *_: None)),
     "verify": in_a_bundle,
     "initial weights": lambda path: LatentAnomalyNet().load_weights(path),
-    "autoencoder": lambda path: LatentAnomalyNet().load_autoencoder(path),
+    "autoencoder": lambda path: LatentAnomalyNet().autoencoder.load_from(path),
     "resumed training": resume,
 }
 

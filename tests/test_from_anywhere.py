@@ -30,7 +30,7 @@ BRAIN, HEAD_CT, CINE, CHEST = NAMES = (
 )
 QUICK = {
     BRAIN: {"num_steps": 1, "guidance_steps": 1},
-    HEAD_CT: {"num_steps": 1, "band_levels": 1, "healings": 1},
+    HEAD_CT: {"num_steps": 1, "band_levels": 1, "calibrated_for#band_levels": 1, "healings": 1},
     CINE: {"num_frames": 2, "refinement_steps": 0},
     CHEST: {"number": 1, "num_steps": 1},
 }
@@ -172,7 +172,7 @@ def test_monai_loads_the_network_with_its_weights_and_the_settings_of_the_infere
     weights = torch.load(bundle / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(value, weights[key].to(value.dtype)) for key, value in network.state_dict().items())
     told = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
-    assert getattr(network, "num_steps", None) == told.get("num_steps")
+    assert getattr(getattr(network, "settings", network), "num_steps", None) == told.get("num_steps")
 
 
 def test_monai_loads_a_network_for_training_as_its_documentation_writes_it(bundles, monkeypatch):

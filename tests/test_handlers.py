@@ -15,6 +15,7 @@ from torch import nn
 from scripts import handlers
 from scripts.engines import ema_of
 from scripts.handlers import Calibration, ModelSaver, ProgressBar, TrainingCheckpoint
+from scripts.networks.vq_autoencoder import SliceVQVAE
 
 # --- TrainingCheckpoint
 
@@ -133,6 +134,30 @@ def test_the_averaged_weights_are_written_in_half_precision_with_the_networks_na
     assert torch.equal(state["0.weight"], ema.module[0].weight.half()) and state["0.weight"].any()
     nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).load_state_dict(state, strict=True)
     assert ema.module[0].weight.dtype == torch.float32
+
+
+def test_counts_that_half_precision_cannot_hold_are_written_in_full_and_load_strictly(tmp_path):
+    network = SliceVQVAE(channels=(8, 16), num_embeddings=4)
+    counts = network.quantizer.quantizer.ema_cluster_size
+    counts.copy_(torch.tensor([70_000.0, 1.0, 0.1, 65_504.0]))
+    ema = ema_of(network)
+    ModelSaver(tmp_path / "model.pt", ema)(engine_at())
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    name = "quantizer.quantizer.ema_cluster_size"
+    assert torch.equal(state[name], counts) and {v.dtype for k, v in state.items() if k != name} == {torch.float16}
+    fresh = SliceVQVAE(channels=(8, 16), num_embeddings=4)
+    fresh.load_state_dict(state, strict=True)
+    assert torch.equal(fresh.quantizer.quantizer.ema_cluster_size, counts)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name_and_the_file_stays(tmp_path):
+    ema, path = ema_of(nn.Linear(2, 1)), tmp_path / "model.pt"
+    ModelSaver(path, ema)(engine_at())
+    before = path.read_bytes()
+    ema.module.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="model.pt is not written: bias would hold .* --learning_rate"):
+        ModelSaver(path, ema)(engine_at())
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
 # --- Calibration

@@ -78,7 +78,7 @@ def test_package_and_download_by_the_command_line(tmp_path):
 def test_report_says_where_the_page_is_or_what_is_missing(tmp_path):
     assert "results.csv" in command("report", tmp_path).stderr
     (tmp_path / "results.csv").write_text(
-        "case,finding_ml,score,trust,seconds,bundle,version,weights\na,1.0,0.1,0.9,2.0,b,0.1.0,abc\n"
+        "case,finding_ml,score,probability,seconds,bundle,version,weights\na,1.0,0.1,0.9,2.0,b,0.1.0,abc\n"
     )
     done = command("report", tmp_path)
     assert done.stdout.strip() == str(tmp_path / "report.html") and "abc" in (tmp_path / "report.html").read_text(

@@ -20,7 +20,8 @@ from scripts.results import FolderSaver
 from scripts.tasks.generation.results import GeneratedSaver
 
 QUICK = ("--spatial_size", "[32,32]", "--pixdim", "[8,8,-1]", "--num_steps", 1, "--guidance_steps", 1)
-HEAD_QUICK = ("--spatial_size", "[32,32]", "--pixdim", 8.6, "--num_steps", 1, "--band_levels", 2)
+HEAD_QUICK = ("--spatial_size", "[32,32]", "--pixdim", 8.6, "--num_steps", 1)
+HEAD_QUICK += ("--band_levels", 2, "--calibrated_for#band_levels", 2)
 META = {"name": "a bundle", "version": "1.0"}
 
 

@@ -5,22 +5,21 @@ The first two are baselines of Pinaya et al. 2022, arXiv 2206.03461.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from monai.inferers import VQVAETransformerInferer
 from monai.networks.nets import DecoderOnlyTransformer, VarAutoEncoder
 from monai.utils.ordering import Ordering
 from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
-from scripts.networks.healthy_model import HealthyModel, QuantisedModel
+from scripts.networks.healthy_model import HealthyModel, Mapper, evenness, map_by_healing, reduced
+from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import autocast
 from scripts.samplers import for_batch
 
 __all__ = ["DenseVAENet", "EvennessNet", "TransformerAnomalyNet"]
-
-INFERER = VQVAETransformerInferer()  # not an attribute: MONAI's class never initialises the module that it is
 
 
 class DenseVAENet(HealthyModel):
@@ -34,7 +33,8 @@ class DenseVAENet(HealthyModel):
         kl_weight: weight of the divergence from the prior against the absolute error, summed over the pixels; in other
             words the scale, in grey levels of [0, 1], of the Laplace distribution of a pixel.
         score: ``mean``, the mean error, or ``max``.
-        kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`.
+        kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`, of whose settings the texture offset
+            counts.
     """
 
     def __init__(
@@ -69,19 +69,11 @@ class DenseVAENet(HealthyModel):
         with autocast(latent, self.amp):
             return self.vae.decode_forward(latent).float()
 
-    def heal(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Slices (B, C, H, W) in [0, 1] with the pixels of ``mask`` (B, 1, H, W) replaced by the restored ones."""
-        return torch.where(mask, self.decode(self.encode(image)[0]), image)
-
-    def unlikeness(self, image: Tensor) -> Tensor:
-        """Absolute error (B, 1, H, W) of the restored slices, the mean over the channels of (B, C, H, W) in [0, 1]."""
-        return self.examine(image)[0]
-
-    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Error map (B, 1, H, W), restored slices (B, C, H, W) and scores (B,) of slices (B, C, H, W) in [0, 1]."""
+    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Mapper]:
+        """See :meth:`scripts.networks.healthy_model.HealthyModel.examine`; what is unlike is the map, of each pixel."""
         restored = self.decode(self.encode(image)[0])
-        error = (image - restored).abs().mean(dim=1, keepdim=True) * self.evenness(image)
-        return error, restored, self._reduce(error)
+        error = (image - restored).abs().mean(dim=1, keepdim=True) * evenness(image, self.settings.texture_offset)
+        return error, reduced(error, self.settings.score), lambda threshold: (error, restored)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The two terms of the variational bound (Kingma & Welling 2014, arXiv 1312.6114, eq. 3), for each pixel.
@@ -117,17 +109,13 @@ class EvennessNet(HealthyModel):
         super().__init__(**kwargs)
         self.healthy_scores.fill_(0.5)  # never measured; of a score in [0, 1] any abnormality keeps the order
 
-    def unlikeness(self, image: Tensor) -> Tensor:
-        """Evenness (B, 1, H, W), in [0, 1], of slices (B, C, H, W) in [0, 1]; 0 in the background."""
-        return self.evenness(image) * (image > self.foreground_level).any(dim=1, keepdim=True)
-
-    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Evenness (B, 1, H, W), the slices (B, C, H, W) themselves and scores (B,) of slices (B, C, H, W) in [0, 1]."""
-        unlike = self.unlikeness(image)
-        return unlike, image, self._reduce(unlike)
+    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Mapper]:
+        """See :meth:`scripts.networks.healthy_model.HealthyModel.examine`; unlike, and the map, is evenness in [0, 1]."""
+        even = evenness(image, self.settings.texture_offset) * (image > self.foreground_level).any(dim=1, keepdim=True)
+        return even, reduced(even, self.settings.score), lambda threshold: (even, image)
 
 
-class TransformerAnomalyNet(QuantisedModel):
+class TransformerAnomalyNet(HealthyModel):
     """Find the codebook entries that an autoregressive transformer calls unlikely, and draw others in their place.
 
     Pinaya et al. 2021 (arXiv 2102.11650): the entries of a slice, row by row, are a sequence of tokens; a transformer gives
@@ -137,7 +125,8 @@ class TransformerAnomalyNet(QuantisedModel):
         attn_layers_dim: width of the transformer, a multiple of ``attn_layers_heads``.
         attn_layers_depth: number of its layers.
         attn_layers_heads: number of attention heads of a layer.
-        kwargs: arguments of :class:`scripts.networks.healthy_model.QuantisedModel`.
+        autoencoder: arguments of :class:`scripts.networks.vq_autoencoder.SliceVQVAE`.
+        kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`.
     """
 
     def __init__(
@@ -145,65 +134,70 @@ class TransformerAnomalyNet(QuantisedModel):
         attn_layers_dim: int = 192,
         attn_layers_depth: int = 6,
         attn_layers_heads: int = 6,
+        autoencoder: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)
+        self.autoencoder = SliceVQVAE(self.in_channels, **(autoencoder or {}), amp=self.amp)
         self.num_embeddings = self.autoencoder.num_embeddings
-        self.ordering = Ordering("raster_scan", spatial_dims=2, dimensions=(1, *self.latent_size))
+        size = self.autoencoder.latent_size(self.spatial_size)
+        self.ordering = Ordering("raster_scan", spatial_dims=2, dimensions=(1, *size))
         self.transformer = DecoderOnlyTransformer(
             num_tokens=self.num_embeddings + 1,  # the last one begins a sequence
-            max_seq_len=self.latent_size[0] * self.latent_size[1],
+            max_seq_len=size[0] * size[1],
             attn_layers_dim=attn_layers_dim,
             attn_layers_depth=attn_layers_depth,
             attn_layers_heads=attn_layers_heads,
             use_flash_attention=True,
         )
 
-    def index_quantize(self, image: Tensor) -> Tensor:
-        """Tokens (B, h, w), int64, of slices (B, C, H, W) in [0, 1].
+    def _sequence(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w) in their order, after the one that begins a sequence: (B, 1 + h * w)."""
+        tokens = tokens.flatten(1)[:, self.ordering.get_sequence_ordering()]
+        return nn.functional.pad(tokens, (1, 0), value=self.num_embeddings)
 
-        Unlike MONAI's method of this name it leaves the codebook alone in training, too, and finds the nearest entries in
-        full precision.
-        """
-        latent = self.encode(image)
-        with autocast(image, False):
-            return self.autoencoder.quantizer.quantizer.quantize(latent)[2]
+    def _places(self, sequence: Tensor, like: Tensor) -> Tensor:
+        """What a sequence (B, h * w) has for each place, (B, h, w), as tokens ``like`` have."""
+        return sequence[:, self.ordering.get_revert_sequence_ordering()].view(like.shape)
 
-    def _surprise(self, image: Tensor) -> Tensor:
-        """-log p(token | tokens before it), (B, h * w) in the sequence's order, in nats."""
-        with autocast(image, self.amp):
-            logits, tokens, _ = INFERER(image, self, self.transformer, self.ordering, return_latent=True)
+    def surprise(self, tokens: Tensor) -> Tensor:
+        """-log p(token | tokens before it), (B, h, w) in nats, of tokens (B, h, w)."""
+        sequence = self._sequence(tokens)
+        with autocast(tokens, self.amp):
+            logits = self.transformer(sequence[:, :-1])
         # MONAI's get_likelihood takes the logarithm of a probability, which is -inf where that underflows
-        return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+        found = nn.functional.cross_entropy(logits.float().transpose(1, 2), sequence[:, 1:], reduction="none")
+        return self._places(found, tokens)
 
-    def unlikeness(self, image: Tensor) -> Tensor:
-        """Negative log-likelihood (B, 1, h, w), in nats, of each token of slices (B, C, H, W) in [0, 1].
+    def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Mapper]:
+        """See :meth:`scripts.networks.healthy_model.HealthyModel.examine`; unlike health is what surprises."""
+        latent, settings = self.autoencoder.encode(image), self.settings
+        tokens = self.autoencoder.tokens(latent)
+        even = nn.functional.adaptive_avg_pool2d(evenness(image, settings.texture_offset), tokens.shape[1:])
+        unlike = self.surprise(tokens)[:, None] * even
 
-        See ``texture_offset``, too.
-        """
-        found = self._surprise(image)[:, self.ordering.get_revert_sequence_ordering()].unflatten(1, (1, *self.latent_size))
-        return found * self._places(self.evenness(image))
+        def mapped(threshold: Tensor) -> tuple[Tensor, Tensor]:
+            kept = self.autoencoder.decode_stage_2_outputs(latent)
+            heal = partial(self.heal, generator=self._generator(1))
+            return map_by_healing(image, kept, tokens, unlike > threshold, heal, settings)
 
-    def heal(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Slices (B, C, H, W) in [0, 1] with the tokens inside ``mask`` (B, 1, h, w) drawn by the transformer.
+        return unlike, reduced(unlike, settings.score), mapped
+
+    def heal(self, tokens: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Slices (B, C, H, W) of tokens (B, h, w), those inside ``mask`` (B, 1, h, w) drawn by the transformer.
 
         In the sequence's order, each given the tokens before it, those drawn already included.
         """
-        order, back = self.ordering.get_sequence_ordering(), self.ordering.get_revert_sequence_ordering()
-        tokens = self.index_quantize(image).flatten(1)[:, order]
-        mask = mask.flatten(1)[:, order]
-        sequence = nn.functional.pad(tokens, (1, 0), value=self.num_embeddings)
-        generator = self._generator(1) if generator is None else generator
+        sequence = self._sequence(tokens)
+        mask = mask.flatten(1)[:, self.ordering.get_sequence_ordering()]
         # the largest of logits plus Gumbel noise is a draw from their distribution
-        noise = -torch.empty(mask.shape[1], self.num_embeddings).exponential_(generator=generator).log().to(image.device)
+        noise = -torch.empty(mask.shape[1], self.num_embeddings).exponential_(generator=generator).log().to(mask.device)
         for i in mask.any(dim=0).nonzero()[:, 0].tolist():
             drawn = mask[:, i]
-            with autocast(image, self.amp):
+            with autocast(tokens, self.amp):
                 logits = self.transformer(sequence[drawn, : i + 1])[:, -1, : self.num_embeddings]
             sequence[drawn, i + 1] = (logits.float() + noise[i]).argmax(dim=1)
-        tokens = sequence[:, 1:][:, back].unflatten(1, self.latent_size)
-        with autocast(image, self.amp):
-            return self.autoencoder.decode_samples(tokens).float()
+        return self.autoencoder.decode_samples(self._places(sequence[:, 1:], tokens))
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Loss of the transformer; the VQ-VAE gets no gradient.
@@ -216,4 +210,6 @@ class TransformerAnomalyNet(QuantisedModel):
         Returns:
             ``likelihood``: mean negative log-likelihood of a token, in nats.
         """
-        return {"likelihood": self._surprise(image).mean()}
+        with torch.no_grad():
+            tokens = self.autoencoder.tokens(self.autoencoder.encode(image))
+        return {"likelihood": self.surprise(tokens).mean()}

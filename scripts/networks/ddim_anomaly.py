@@ -226,10 +226,12 @@ class DDIMAnomalyNet(SliceNetwork):
         """The guidance's part of a step from level t down to s, in ``guidance_steps`` short steps at level s.
 
         With the guided noise in the ODE dx / dangle = v (see :mod:`scripts.samplers`), its part is
-        dx / dangle = -s·tan(angle)·gradient.
+        dx / dangle = -s·tan(angle)·gradient; in the stochastic equation of ``ddpm`` mode the gradient of the density, to
+        which this adds, has twice the weight (Song et al. 2021, arXiv 2011.13456, eq. 6 and 13).
         """
         start, end = (torch.atan2((1 - a).sqrt(), a.sqrt()) for a in self.alphas_cumprod[[t, s]])
-        step = (self.gradient_scale * (start - end) * torch.tan((start + end) / 2) / self.guidance_steps).item()
+        scale = self.gradient_scale * (2 if self.mode == "ddpm" else 1)
+        step = (scale * (start - end) * torch.tan((start + end) / 2) / self.guidance_steps).item()
         for _ in range(self.guidance_steps):
             x = x + step * self.gradient(x, s, target)
         return x

@@ -14,7 +14,7 @@ __all__ = ["SliceNetwork"]
 
 
 class SliceNetwork(nn.Module):
-    """A network that makes an anomaly map, a healthy version and a probability of each slice that shows enough.
+    """A network that makes an anomaly map and a healthy version of each slice that shows enough, and says how ill it looks.
 
     A subclass has ``analyse(image)``.
 
@@ -48,7 +48,8 @@ class SliceNetwork(nn.Module):
             image: (B, C, H, W), grey levels in [0, 1], float32.
 
         Returns:
-            anomaly map (B, 1, H, W), 0 or more; healthy version (B, C, H, W); probability of an anomaly (B,), in [0, 1].
+            anomaly map (B, 1, H, W), 0 or more; healthy version (B, C, H, W); probability of disease, or another
+            score of the slice, (B,), in [0, 1].
         """
         raise NotImplementedError
 
@@ -61,7 +62,7 @@ class SliceNetwork(nn.Module):
                 batch (``SliceInferer`` bounds the memory).
 
         Returns:
-            (B, C + 2, H, W[, D]): what :meth:`analyse` returns, one after the other, the probability constant over a slice.
+            (B, C + 2, H, W[, D]): what :meth:`analyse` returns, one after the other, the score constant over a slice.
             Slices with too little foreground are zero throughout.
 
         Raises:

@@ -243,7 +243,7 @@ class VariationalDiffusionNet(nn.Module):
         codec that its encoder and decoder begin as.
 
         Args:
-            batches: dictionaries with ``image``, images (B, 1, H, W) in [0, 1].
+            batches: dictionaries with ``image``, the images (B, 1, H, W) in [0, 1] of the training, as they are.
 
         Raises:
             ValueError: of ``medvdm``, for fewer images than ``latent_size``.

@@ -26,7 +26,6 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--faint); font-size: 11px; }
 svg line { stroke: var(--line); }
 svg rect { fill: var(--bar); }
-svg rect.doubtful { fill: var(--doubt); }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .5rem 0; }
 input, button { font: inherit; color: inherit; background: var(--tint); border: 1px solid var(--line);
   border-radius: .3rem; padding: .25rem .6rem; }

@@ -30,7 +30,8 @@ from scripts.release.page import DIALOG, SCRIPT, STYLE
 
 __all__ = ["report"]
 
-MIN_TRUST = 0.5
+SLICE_SCORES = ("probability", "abnormality")  # in [0, 1], of a case the largest over its slices
+LIKELY_ILL = 0.5
 PIXELS = 150_000_000  # of all pictures together, so that the page of a large cohort has some 15 to 20 MB
 MIN_PIXELS = 40_000  # of one picture
 VERSIONS = ("bundle", "version", "weights")
@@ -44,6 +45,7 @@ HEADINGS = {
     "lesion_mean": "map in lesion",
     "healthy_slice_mean": "map of healthy slices",
     "true_ml": "label (ml)",
+    "probability": "probability of disease",
     "num_slices": "slices",
     "num_cases": "cases",
     "dice_mean": "Dice, mean",
@@ -83,8 +85,9 @@ def report(results_dir: Path, path: Path | None = None) -> Path:
     """Write one HTML page over the results of a cohort.
 
     It shows ``results.csv``, the overview picture of each case, ``metrics.csv`` and ``metrics_summary.json`` of an
-    evaluation, and the cases that failed (``failures.csv``), as far as they are there. Cases whose trust is below 0.5 are
-    marked. The more cases, the smaller the pictures that the page holds; in place of them it shows the files beside it,
+    evaluation, and the cases that failed (``failures.csv``), as far as they are there. Findings are
+    marked as doubtful in cases that look healthy as a whole: whose probability of disease, or abnormality, is below 0.5.
+    The more cases, the smaller the pictures that the page holds; in place of them it shows the files beside it,
     where they are found. The program ends with one line if a table can't be read or the page can't be written.
 
     Args:
@@ -163,7 +166,8 @@ def _heading(name: str) -> str:
 
 
 def _is_doubtful(row: Mapping[str, str]) -> bool:
-    return _number(row.get("trust", "")) < MIN_TRUST
+    """Whether something is found in a case that looks healthy as a whole."""
+    return _number(row.get("finding_ml", "")) > 0 and any(_number(row.get(name, "")) < LIKELY_ILL for name in SLICE_SCORES)
 
 
 def _title(rows: Sequence[Mapping[str, str]]) -> str:
@@ -205,8 +209,8 @@ def _header(rows: Sequence[Mapping[str, str]], failures: Sequence[Mapping[str, s
         if several:
             facts[-2:-2] = [("bundle", versions[0])]
     facts += [("cases", str(len(rows)))]
-    if any("trust" in row for row in rows):
-        facts += [("not to be believed", str(sum(map(_is_doubtful, rows))))]
+    if rows and not rows[0].keys().isdisjoint(SLICE_SCORES):
+        facts += [("doubtful findings", str(sum(map(_is_doubtful, rows))))]
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts)
     failed = f'<a href="#failures">{len(failures)}</a>' if failures else "none on record"
     return f"<h1>{_title(rows)}</h1>\n<dl>\n{items}<div><dt>failed</dt><dd>{failed}</dd></div>\n</dl>\n"
@@ -260,7 +264,7 @@ def _cases(rows: Sequence[Mapping[str, str]], results_dir: Path, page_dir: Path)
         cells = [_picture(row["case"], results_dir, page_dir, pixels), f'<th scope="row">{escape(row["case"])}</th>']
         for name in columns:
             text = escape(row[name]) if row[name] not in ("", "nan") else "–"
-            mark = '<span class="doubt">not to be believed</span>' if name == "trust" and _is_doubtful(row) else ""
+            mark = '<span class="doubt">doubtful finding</span>' if name in SLICE_SCORES and _is_doubtful(row) else ""
             cells.append(f"<td{' class=number' if name in numbers else ''}>{text}{mark}</td>")
         lines.append(f"<tr{' class=doubtful' if _is_doubtful(row) else ''}>{''.join(cells)}</tr>\n")
 
@@ -268,9 +272,11 @@ def _cases(rows: Sequence[Mapping[str, str]], results_dir: Path, page_dir: Path)
     for column, (heading, unit) in HISTOGRAMS.items():
         if values := _values(rows, column):
             figures += _histogram(heading, unit, values, MaxNLocator(20).tick_values(0, max(values) or 1))
-    if trusts := _values(rows, "trust"):
-        figures += _histogram("Trust", "", trusts, np.linspace(0, 1, 21), MIN_TRUST)
-        note = f'<p class="note">Where the trust is below {MIN_TRUST}, the mask is not to be believed.</p>\n'
+    for name in SLICE_SCORES:
+        if values := _values(rows, name):
+            heading = _heading(name)
+            figures += _histogram(heading.capitalize(), "", values, np.linspace(0, 1, 21))
+            note = f'<p class="note">A finding is doubtful where the {heading} is below {LIKELY_ILL}.</p>\n'
     return f"""<div class="figures">
 {figures}</div>
 <h2 id="table">Cases</h2>
@@ -312,18 +318,15 @@ def _values(rows: Sequence[Mapping[str, str]], column: str) -> list[float]:
     return [value for row in rows if not math.isnan(value := _number(row.get(column, "")))]
 
 
-def _histogram(
-    heading: str, unit: str, values: Sequence[float], edges: Sequence[float], doubtful_below: float = -math.inf
-) -> str:
+def _histogram(heading: str, unit: str, values: Sequence[float], edges: Sequence[float]) -> str:
     counts, _ = np.histogram(values, edges)
     left, top, width, height = 34, 8, 340, 110
     step = width / len(counts)
     bars = ""
     for i, count in enumerate(counts):
         tall = height * count / max(counts.max(), 1)
-        marked = ' class="doubtful"' if edges[i] < doubtful_below else ""
         bars += (
-            f'<rect{marked} x="{left + i * step:.1f}" y="{top + height - tall:.1f}" width="{step - 1:.1f}" '
+            f'<rect x="{left + i * step:.1f}" y="{top + height - tall:.1f}" width="{step - 1:.1f}" '
             f'height="{tall:.1f}"><title>{edges[i]:.4g} to {edges[i + 1]:.4g}{unit}: {count}</title></rect>\n'
         )
     middle = len(counts) // 2

@@ -177,7 +177,7 @@ def test_a_report_shows_the_cohort(cohort):
     _, output, _ = cohort
     page = report(output, output.parent / "report.html").read_text(encoding="utf-8")
     assert "largest displacement (mm)" in page and "Histogram: share that folds" in page and page.count("<img alt") >= 4
-    assert "not to be believed" not in page and "bad_single.nii.gz" in page
+    assert "doubtful findings" not in page and "bad_single.nii.gz" in page
 
 
 def test_evaluation_generates_as_many_frames_as_the_cine_has_and_writes_the_metrics(infer_here, tmp_path):

@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, run_forked
 from monai.bundle import ConfigParser
 from PIL import Image
-from small_runs import TINY
+from small_runs import TINY, training_images
 
 from scripts.networks.noise_schedules import SCHEDULES
+from scripts.networks.variational_diffusion import VariationalDiffusionNet
 
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 CONFIGS = {"image": "configs/train.json", "medvdm": "['configs/train.json','configs/train_medvdm.json']"}
@@ -52,6 +53,10 @@ def test_training_that_was_cut_off_ends_with_the_weights_of_one_that_was_not(pic
     assert sheets == ["samples_0001.png", "samples_0002.png", "schedule_0001.png", "schedule_0002.png"]
     if model == "medvdm":
         assert whole["codec.grey_scale"] != 0.05, "the 8-bit likelihood was not calibrated"
+    else:
+        net = VariationalDiffusionNet(spatial_size=(16, 16), channels=(32, 32))
+        net.standardise([{"image": training_images(BUNDLE, pictures, spatial_size=[16, 16])}])
+        assert all(torch.equal(whole[f"score.{name}"], getattr(net.score, name).half()) for name in ("mean", "std"))
 
 
 @pytest.mark.parametrize("model", CONFIGS)

@@ -14,8 +14,10 @@ import torch
 from conftest import MEDNIST, ROOT, files_below, make_ct_slice, rows_of, run, run_forked, save_nifti
 from monai.bundle import ConfigParser
 from PIL import Image
+from small_runs import training_images
 
 from scripts.metrics import dice
+from scripts.networks.latent_anomaly import LatentAnomalyNet
 
 BUNDLE = ROOT / "bundles" / "head_ct_anomaly_ldm"
 LPS = np.diag([-1.0, -1.0, 5.0, 1.0])
@@ -160,11 +162,31 @@ def test_monai_labels_way_of_calling_gives_the_same_mask(tmp_path):
 
 def test_same_seed_gives_same_bytes_and_a_setting_changes_the_result(tmp_path):
     save_picture(tmp_path / "scans" / "a.png", with_blob(make_ct_slice()))
-    for output, args in (("first", ()), ("second", ()), ("other", ("--texture_offset", "0.2"))):
+    for output, args in (("first", ()), ("second", ()), ("other", ("--smoothing", "3.0"))):
         assert infer(tmp_path / "scans", tmp_path / output, *args).returncode == 0
     first, second, other = (files_below(tmp_path / output) for output in ("first", "second", "other"))
     del first["results.csv"], second["results.csv"]  # they hold seconds
     assert first == second and first["a/a_map.nii.gz"] != other["a/a_map.nii.gz"]
+
+
+def test_settings_that_the_quantiles_do_not_belong_to_are_refused_before_the_first_case(tmp_path):
+    save_picture(tmp_path / "scans" / "a.png", make_ct_slice())
+    done = infer(tmp_path / "scans", tmp_path / "out", "--texture_offset", 0)
+    told = "the quantiles of healthy slices were measured with texture_offset 0.1, not 0: "
+    assert done.returncode and told in done.stderr and "--recalibrate True" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_quantiles_belong_to_is_what_the_bundle_is_trained_and_used_with():
+    parser = ConfigParser()
+    parser.read_config(BUNDLE / "configs" / "inference.json")
+    network = parser.get_parsed_content("network_def")
+    assert set(parser["calibrated_for"]) == set(network.settings.measured)
+    assert not set(parser["calibrated_for"]) & set(parser["displayable_configs"])
+    network.calibration.check(network.settings)
+    parser = ConfigParser()
+    parser.read_config(BUNDLE / "configs" / "train.json")
+    network.calibration.check(parser.get_parsed_content("network_def").settings)
 
 
 def test_evaluation_with_masks_writes_metrics_of_every_case(tmp_path):
@@ -240,7 +262,11 @@ def test_both_stages_train_resume_and_their_weights_run(pictures, tmp_path):
     assert done.returncode == 0 and "going on from iteration 1" in done.stdout, done.stderr
     state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
     assert all(torch.equal(state[k], v) for k, v in first.items() if k.startswith("autoencoder."))
-    assert state["healthy_places"].max() > 0 and not torch.equal(state["latent_std"], first["latent_std"])
+    assert state["healthy_places"].max() > 0
+    net = LatentAnomalyNet()
+    net.load_state_dict(first)
+    net.standardise([{"image": training_images(BUNDLE, pictures)}])
+    assert all(torch.equal(state[name], getattr(net, name).half()) for name in ("latent_mean", "latent_std"))
     weights = ("--checkpointloader#load_path", tmp_path / "ckpt" / "model.pt")
     assert infer(pictures / "HeadCT" / "000000.jpeg", tmp_path / "out", *weights).returncode == 0
 

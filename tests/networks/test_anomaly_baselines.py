@@ -7,14 +7,13 @@ from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from scripts.networks.anomaly_baselines import DenseVAENet, EvennessNet, TransformerAnomalyNet
+from scripts.networks.healthy_model import blur, evenness
 
 SIZE = (32, 32)  # of the slices; the transformer's tokens are 8 x 8
 VAE = {"spatial_size": SIZE, "latent_size": 6, "channels": (8, 16), "min_foreground": 0.0}
 TRANSFORMER = {
     "spatial_size": SIZE,
-    "channels": (8, 16),
-    "num_embeddings": 16,
-    "embedding_dim": 4,
+    "autoencoder": {"channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4},
     "attn_layers_dim": 32,
     "attn_layers_depth": 2,
     "attn_layers_heads": 4,
@@ -39,9 +38,9 @@ def transformer(**kwargs):
     torch.manual_seed(0)
     net = perturbed(TransformerAnomalyNet(**{**TRANSFORMER, **kwargs}), 0.08)
     with torch.no_grad():
-        latent = net.encode(images(8, net.in_channels)).movedim(1, -1).flatten(0, -2)
+        latent = net.autoencoder.encode(images(8, net.in_channels)).movedim(1, -1).flatten(0, -2)
         net.autoencoder.quantizer.quantizer.embedding.weight.copy_(latent[torch.randperm(len(latent))[:16]])
-        net.healthy_places.fill_(net.unlikeness(images(channels=net.in_channels)).median())
+        net.healthy_places.fill_(net.measure(images(channels=net.in_channels))[0].median())
         net.healthy_scores.fill_(2.0)
     return net
 
@@ -73,7 +72,7 @@ def test_the_channels_are_the_map_the_healed_sequences_and_the_abnormality(make,
     net.healthy_scores.fill_(0.3)
     output = net(image)
     assert output.shape == (2, in_channels + 2, *SIZE) and output.isfinite().all() and not output.requires_grad
-    torch.testing.assert_close(output[:, -1, 0, 0], net.score(image) / (net.score(image) + 0.3))
+    torch.testing.assert_close(output[:, -1, 0, 0], net.measure(image)[1] / (net.measure(image)[1] + 0.3))
 
 
 @BOTH
@@ -117,9 +116,9 @@ def test_slices_of_another_shape_are_refused_with_the_expected_one(make, shape):
 def test_calibration_makes_the_percentile_of_healthy_slices_half_abnormal(make):
     net, image = make(), images(41)
     net.calibrate([{"image": part} for part in image.split(16)])
-    share = (net.unlikeness(image) > net.quantile("healthy_places", 97.5)).float().mean()
+    share = (net.measure(image)[0] > net.calibration.threshold(net.settings)).float().mean()
     assert share.item() == pytest.approx(0.025, abs=0.002)
-    order = net.score(image).argsort()
+    order = net.measure(image)[1].argsort()
     abnormality = net(image)[order, -1, 0, 0]
     assert abnormality[39].item() == pytest.approx(0.5, abs=1e-4) and abnormality[0] < 0.5 < abnormality[40]
 
@@ -134,7 +133,7 @@ def test_the_weights_carry_everything_in_full_and_in_half_precision(make):
     full.load_state_dict(state, strict=True)
     assert torch.equal(full(image), net(image))
     half.load_state_dict({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, strict=True)
-    torch.testing.assert_close(half.unlikeness(image[:1]).mean(), net.unlikeness(image[:1]).mean(), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(half.measure(image[:1])[0].mean(), net.measure(image[:1])[0].mean(), rtol=0.05, atol=0.01)
 
 
 @BOTH
@@ -168,9 +167,9 @@ def test_the_losses_fall_in_training(make):
 @BOTH
 def test_bfloat16_networks_stay_close_to_float32(make):
     exact, rough, image = make(), make(amp=True), images()
-    unlike = rough.unlikeness(image)
-    assert unlike.dtype == torch.float32 and not torch.equal(unlike, exact.unlikeness(image))
-    assert unlike.mean().item() == pytest.approx(exact.unlikeness(image).mean().item(), rel=0.05)
+    unlike = rough.measure(image)[0]
+    assert unlike.dtype == torch.float32 and not torch.equal(unlike, exact.measure(image)[0])
+    assert unlike.mean().item() == pytest.approx(exact.measure(image)[0].mean().item(), rel=0.05)
     assert rough(image).dtype == torch.float32 and all(v.isfinite() for v in losses(rough).values())
 
 
@@ -183,7 +182,7 @@ def test_the_map_of_the_vae_is_the_error_of_the_restored_slice():
     output = net(image)
     torch.testing.assert_close(output[:, 1:-1], restored)
     torch.testing.assert_close(output[:, :1], (image - restored).abs().mean(dim=1, keepdim=True))
-    torch.testing.assert_close(net.unlikeness(image), output[:, :1])
+    torch.testing.assert_close(net.measure(image)[0], output[:, :1])
     assert 0 <= restored.min() and restored.max() <= 1
 
 
@@ -194,15 +193,11 @@ def test_the_vae_is_told_apart_by_grey_level():
 
 def test_the_score_of_the_vae_is_the_mean_error_if_not_asked_for_the_largest():
     image = images()
-    torch.testing.assert_close(vae().score(image), vae().unlikeness(image).mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(vae(score="max").score(image), vae().unlikeness(image).amax(dim=(1, 2, 3)))
-    torch.testing.assert_close(vae(score="max").examine(image)[2], vae(score="max").score(image))
-
-
-def test_the_vae_heals_within_a_mask_of_pixels():
-    net, image = vae(), images()
-    mask = images(seed=1) > 0.5
-    assert torch.equal(net.heal(image, mask), torch.where(mask, net.examine(image)[1], image))
+    torch.testing.assert_close(vae().measure(image)[1], vae().measure(image)[0].mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(vae(score="max").measure(image)[1], vae().measure(image)[0].amax(dim=(1, 2, 3)))
+    largest = vae(score="max")
+    score = largest.measure(image)[1]
+    torch.testing.assert_close(largest(image)[:, -1, 0, 0], score / (score + 1e-12))  # it was never calibrated
 
 
 def test_the_losses_of_the_vae_are_the_bounds_two_terms():
@@ -229,11 +224,19 @@ def test_the_losses_of_the_vae_train_every_weight():
 # --- the transformer
 
 
+def tokens(net, image):
+    return net.autoencoder.tokens(net.autoencoder.encode(image))
+
+
+def healed(net, image, mask):
+    return net.heal(tokens(net, image), mask, net._generator(1))
+
+
 def tokens_of(net, image, mask):
     """Tokens (B, h, w) that healing would decode."""
     decoded, decode = [], net.autoencoder.decode_samples
     net.autoencoder.decode_samples = lambda tokens: decoded.append(tokens) or decode(tokens)
-    net.heal(image, mask)
+    healed(net, image, mask)
     net.autoencoder.decode_samples = decode
     return decoded[0]
 
@@ -246,18 +249,18 @@ def conditional(net, tokens, i):
 
 def test_the_tokens_are_those_of_the_autoencoder():
     net, image = transformer(), images()
-    tokens = net.index_quantize(image)
-    assert torch.equal(tokens, net.autoencoder.index_quantize(image)) and tokens.shape == (2, 8, 8)
-    assert len(tokens.unique()) > 8
+    found = tokens(net, image)
+    assert torch.equal(found, net.autoencoder.index_quantize(image)) and found.shape == (2, 8, 8)
+    assert len(found.unique()) > 8
 
 
 def test_the_likelihood_is_that_of_monai_and_of_a_loop_over_the_tokens():
     net, image = transformer(), images()
-    unlike = net.unlikeness(image)
+    unlike = net.measure(image)[0]
     likelihood = VQVAETransformerInferer().get_likelihood(image, net.autoencoder, net.transformer, net.ordering)
     torch.testing.assert_close(unlike, -likelihood[:, None], rtol=1e-4, atol=1e-5)
-    tokens = net.index_quantize(image).flatten(1)
-    looped = [-conditional(net, tokens, i).gather(1, tokens[:, i : i + 1]) for i in range(64)]
+    drawn = tokens(net, image).flatten(1)
+    looped = [-conditional(net, drawn, i).gather(1, drawn[:, i : i + 1]) for i in range(64)]
     torch.testing.assert_close(unlike, torch.cat(looped, dim=1).view(2, 1, 8, 8), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses(net, image)["likelihood"], unlike.mean())
 
@@ -265,30 +268,30 @@ def test_the_likelihood_is_that_of_monai_and_of_a_loop_over_the_tokens():
 def test_an_impossible_token_is_unlike_and_not_infinite():
     net, image = transformer(), images()
     with torch.no_grad():
-        net.transformer.to_logits.bias[net.index_quantize(image)[0, 0, 0]] = -500.0
-    assert net.unlikeness(image)[0, 0, 0, 0] > 400 and net(image).isfinite().all()
+        net.transformer.to_logits.bias[tokens(net, image)[0, 0, 0]] = -500.0
+    assert net.measure(image)[0][0, 0, 0, 0] > 400 and net(image).isfinite().all()
 
 
 def test_a_token_depends_on_those_before_it_only():
     net = transformer()
-    tokens = net.index_quantize(images(1)).flatten(1)
-    changed = tokens.clone()
+    first = tokens(net, images(1)).flatten(1)
+    changed = first.clone()
     changed[:, 20] = (changed[:, 20] + 1) % 16
     for i, same in ((5, True), (20, True), (21, False), (40, False)):
-        assert torch.allclose(conditional(net, tokens, i), conditional(net, changed, i), atol=1e-6) == same
+        assert torch.allclose(conditional(net, first, i), conditional(net, changed, i), atol=1e-6) == same
 
 
 def test_an_empty_mask_gives_the_decoded_original():
     net, image = transformer(), images()
     expected = net.autoencoder.decode_samples(net.autoencoder.index_quantize(image))
-    assert torch.equal(net.heal(image, torch.zeros_like(left_half())), expected)
+    assert torch.equal(healed(net, image, torch.zeros_like(left_half())), expected)
 
 
 def test_tokens_outside_the_mask_never_change_and_inside_they_do():
     net, image = transformer(), images()
-    original, healed = net.index_quantize(image), tokens_of(net, image, left_half())
-    assert torch.equal(healed[..., 4:], original[..., 4:])
-    assert (healed != original)[..., :4].float().mean() > 0.5
+    original, found = tokens(net, image), tokens_of(net, image, left_half())
+    assert torch.equal(found[..., 4:], original[..., 4:])
+    assert (found != original)[..., :4].float().mean() > 0.5
 
 
 def test_a_full_mask_leaves_seeded_draws_alone():
@@ -300,11 +303,11 @@ def test_a_full_mask_leaves_seeded_draws_alone():
 
 def test_a_token_is_drawn_given_the_healed_ones_before_it():
     net, image, mask = transformer(), images(), left_half()
-    original, healed = net.index_quantize(image).flatten(1), tokens_of(net, image, mask).flatten(1)
+    original, found = tokens(net, image).flatten(1), tokens_of(net, image, mask).flatten(1)
     noise = -torch.empty(64, 16).exponential_(generator=net._generator(1)).log()
     for i in range(64):
-        drawn = (conditional(net, healed, i)[:, :16] + noise[i]).argmax(dim=1)
-        assert torch.equal(healed[:, i], drawn if i % 8 < 4 else original[:, i])
+        drawn = (conditional(net, found, i)[:, :16] + noise[i]).argmax(dim=1)
+        assert torch.equal(found[:, i], drawn if i % 8 < 4 else original[:, i])
 
 
 def test_each_slice_has_its_own_mask():
@@ -331,21 +334,22 @@ def test_the_draws_follow_the_transformers_probabilities_and_never_begin_a_seque
 
 def test_the_map_is_the_residual_within_the_smoothed_mask():
     net, image = transformer(), images()
-    mask = net.unlikeness(image) > net.healthy_places[0]
+    mask = net.measure(image)[0] > net.healthy_places[0]
     assert 0.3 < mask.float().mean() < 0.7
-    healed = net.heal(image, mask)
-    torch.testing.assert_close(net(image)[:, 1:2], healed)
-    torch.testing.assert_close(net(image)[:, :1], (image - healed).abs() * net.smooth(mask))
+    found = healed(net, image, mask)
+    torch.testing.assert_close(net(image)[:, 1:2], found)
+    smooth = blur(nn.functional.interpolate(mask.float(), SIZE), net.settings.smoothing)
+    torch.testing.assert_close(net(image)[:, :1], (image - found).abs() * smooth)
 
 
 @BOTH
 def test_what_is_found_counts_by_how_even_the_slice_is_there(make):
     plain, weighted, image = make(), make(texture_offset=0.1), images()
     image[..., :16] = 0.4
-    evenness = weighted.evenness(image)
-    assert (evenness[..., :16] == 1).all() and evenness[..., 18:].max() < 0.5
-    factor = evenness if make is vae else nn.functional.avg_pool2d(evenness, 4)
-    torch.testing.assert_close(weighted.unlikeness(image), plain.unlikeness(image) * factor)
+    even = evenness(image, 0.1)
+    assert (even[..., :16] == 1).all() and even[..., 18:].max() < 0.5
+    factor = even if make is vae else nn.functional.avg_pool2d(even, 4)
+    torch.testing.assert_close(weighted.measure(image)[0], plain.measure(image)[0] * factor)
 
 
 def test_the_control_finds_even_foreground_and_changes_nothing():
@@ -355,8 +359,8 @@ def test_the_control_finds_even_foreground_and_changes_nothing():
     assert torch.equal(output[:, 1:2], image)
     assert (output[:, 0, 4:12, 4:12] == 1).all() and not output[:, 0, 20:28, 4:12].any()
     assert output[:, 0, :, 16:].max() < 0.5
-    torch.testing.assert_close(net.score(image), output[:, 0].mean(dim=(1, 2)))
-    torch.testing.assert_close(output[:, -1, 0, 0], net.score(image) / (net.score(image) + 0.5))
+    torch.testing.assert_close(net.measure(image)[1], output[:, 0].mean(dim=(1, 2)))
+    torch.testing.assert_close(output[:, -1, 0, 0], net.measure(image)[1] / (net.measure(image)[1] + 0.5))
 
 
 @pytest.mark.parametrize("amp", [True, False])
@@ -372,15 +376,15 @@ def test_the_loss_trains_the_transformer_and_leaves_the_autoencoder_alone(amp):
 
 def test_bfloat16_arithmetic_finds_the_nearest_entries_in_full_precision():
     net = transformer(amp=True)
-    latent, entries = net.encode(images()), net.autoencoder.quantizer.quantizer.embedding.weight
+    latent, entries = net.autoencoder.encode(images()), net.autoencoder.quantizer.quantizer.embedding.weight
     nearest = torch.cdist(latent.movedim(1, -1).flatten(0, -2), entries).argmin(dim=1).view(2, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tokens = net.index_quantize(images())
-    assert (tokens == nearest).float().mean() > 0.99
+        found = tokens(net, images())
+    assert (found == nearest).float().mean() > 0.99
 
 
 def test_slices_need_not_be_square():
     net = TransformerAnomalyNet(**{**TRANSFORMER, "spatial_size": (32, 64)}).eval()
     image = torch.rand(1, 1, 32, 64, generator=torch.Generator().manual_seed(0))
-    assert net.unlikeness(image).shape == (1, 1, 8, 16) and net(image).shape == (1, 3, 32, 64)
+    assert net.measure(image)[0].shape == (1, 1, 8, 16) and net(image).shape == (1, 3, 32, 64)
     assert DenseVAENet(**{**VAE, "spatial_size": (32, 64)}).eval()(image).shape == (1, 3, 32, 64)

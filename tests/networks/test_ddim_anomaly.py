@@ -230,6 +230,28 @@ def test_split_guidance_adds_up_to_its_closed_form_where_the_gradient_is_constan
     torch.testing.assert_close(x, torch.full_like(x, 20 * 0.01 * -0.5 * math.log(A[300])), atol=0, rtol=0.005)
 
 
+@pytest.mark.parametrize("mode", ["ddim", "ddpm"])
+@pytest.mark.parametrize("guidance_steps", [0, 1, 4])
+def test_guidance_moves_gaussian_grey_levels_by_what_a_linear_classifier_says(mode, guidance_steps):
+    # pixels x_0 of N(0, S²) and log p(healthy | x_0) = weight·x_0 + a constant: all densities are Gaussian
+    weight, a = 5.0, A[300].item()
+    variance = a * S**2 + 1 - a  # of x_300
+
+    def gradient(x, t, target):
+        return torch.full_like(x, weight * A[t].item() ** 0.5 * S**2 / (A[t].item() * S**2 + 1 - A[t].item()))
+
+    decoded = []
+    for scale in (1.0, 0.0):
+        net = closed_form(mode=mode, guidance_steps=guidance_steps, gradient_scale=scale, num_steps=300, solver="heun")
+        net.gradient = gradient
+        decoded.append(2 * net.decode(images()) - 1)
+    moved = {
+        "ddpm": weight * S**2 * (1 - a) / variance,  # weight times the variance of x_0 given x_300
+        "ddim": weight * S**2 * (1 - (a * S**2 / variance) ** 0.5),  # by the map from N(0, .) of x_300 to that of x_0
+    }
+    torch.testing.assert_close(decoded[0] - decoded[1], torch.full_like(decoded[0], moved[mode]), rtol=0.02, atol=0)
+
+
 def test_split_guidance_converges_to_the_guided_solution():
     x = closed_form().encode(images())
     exact = closed_form(guidance_steps=0, solver="heun", num_steps=300).decode(x)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import copy
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
@@ -8,18 +8,42 @@ from monai.inferers import SliceInferer
 from monai.networks.layers import GaussianFilter
 from torch import nn
 
-from scripts.networks.healthy_model import HealthyModel, QuantisedModel, local_texture
+from scripts.networks.healthy_model import (
+    Calibration,
+    HealthyModel,
+    HealthySettings,
+    blur,
+    evenness,
+    local_texture,
+    map_by_healing,
+    reduced,
+)
 
 SIZE = (32, 32)
+
+
+@dataclass(frozen=True)
+class GreySettings(HealthySettings):
+    heal_all: bool = False
+    masked_map: bool = True
 
 
 class Grey(HealthyModel):
     """A model to which grey is health: unlikeness is the distance from 0.5, in places of 4 x 4 pixels."""
 
-    def unlikeness(self, image):
-        return nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
+    settings_class = GreySettings
 
-    def heal(self, image, mask, generator=None):
+    def examine(self, image):
+        unlike = nn.functional.avg_pool2d((image - 0.5).abs().mean(dim=1, keepdim=True), 4)
+
+        heal_all, masked_map = self.settings.heal_all, self.settings.masked_map
+
+        def mapped(threshold):
+            return map_by_healing(image, image, image, unlike > threshold, self.heal, self.settings, heal_all, masked_map)
+
+        return unlike, reduced(unlike, self.settings.score), mapped
+
+    def heal(self, image, mask):
         return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), 0.5, image)
 
 
@@ -36,12 +60,6 @@ def images(count=2, channels=1, seed=0):
     image = 0.5 + 0.1 * torch.rand(count, channels, *SIZE, generator=torch.Generator().manual_seed(seed))
     image[:, :, 12:20, 12:20] = 0
     return image
-
-
-def quantised(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    settings = {"spatial_size": SIZE, "channels": (8, 16), "num_embeddings": 16, "embedding_dim": 4, "min_foreground": 0.0}
-    return QuantisedModel(**{**settings, **kwargs})
 
 
 def generator(seed=0):
@@ -89,8 +107,12 @@ def test_the_residual_is_the_mean_over_all_healings_and_the_healed_slice_is_the_
     class Drawn(Grey):
         """Grey, but what it heals gets a grey level that is drawn."""
 
-        def heal(self, image, mask, generator=None):
-            grey = torch.rand(1, generator=self._generator(1) if generator is None else generator)
+        def analyse(self, image):
+            self.generator = self._generator(1)
+            return super().analyse(image)
+
+        def heal(self, image, mask):
+            grey = torch.rand(1, generator=self.generator)
             return torch.where(nn.functional.interpolate(mask.float(), image.shape[2:]).bool(), grey, image)
 
     image = images()
@@ -108,7 +130,7 @@ def test_only_slices_with_something_unlike_are_healed():
     net, image, healed = model(), images(4), []
     image[[0, 2]] = 0.5
     heal = net.heal
-    net.heal = lambda image, mask, generator: healed.append(image) or heal(image, mask, generator)
+    net.heal = lambda image, mask: healed.append(image) or heal(image, mask)
     output = net(image)
     assert torch.equal(torch.cat(healed), image[[1, 3]])
     assert torch.equal(output[[0, 2], 1:2], image[[0, 2]]) and not output[[0, 2], 0].any()
@@ -118,13 +140,13 @@ def test_only_slices_with_something_unlike_are_healed():
 def test_what_is_found_counts_by_how_even_the_slice_is_there():
     image = images()
     plain, weighted = (model(masked_map=False, heal_all=True, texture_offset=offset) for offset in (0.0, 0.2))
-    evenness = 0.2 / (0.2 + local_texture(image))
-    assert torch.equal(plain.evenness(image), torch.ones_like(image))
-    torch.testing.assert_close(weighted.evenness(image), evenness)
-    torch.testing.assert_close(weighted(image)[:, :1], plain(image)[:, :1] * evenness)
+    even = 0.2 / (0.2 + local_texture(image))
+    assert torch.equal(evenness(image, 0.0), torch.ones_like(image))
+    torch.testing.assert_close(evenness(image, 0.2), even)
+    torch.testing.assert_close(weighted(image)[:, :1], plain(image)[:, :1] * even)
     assert torch.equal(weighted(image)[:, 1:], plain(image)[:, 1:])
     # the black place is even up to its edge, the noise around it is not
-    assert (evenness[:, :, 12:20, 12:20] == 1).all() and evenness[:, :, :10].max() < 0.95
+    assert (even[:, :, 12:20, 12:20] == 1).all() and even[:, :, :10].max() < 0.95
 
 
 def test_an_even_region_has_no_texture_up_to_its_edge_and_noise_has():
@@ -145,9 +167,9 @@ def test_an_even_region_has_no_texture_up_to_its_edge_and_noise_has():
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0, 3.0])
 def test_a_smoothed_mask_is_1_deep_inside_and_0_far_outside(smoothing):
-    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    mask[..., :4] = True  # the left half, 16 pixels
-    smooth = model(smoothing=smoothing).smooth(mask)[0, 0, 16]
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., :16] = 1
+    smooth = blur(mask, smoothing)[0, 0, 16]
     assert smooth.shape == (32,) and 0 <= smooth.min() and smooth.max() <= 1 + 1e-5
     assert smooth[4 if smoothing < 3 else 12] > 0.85 and smooth[-4] < 0.01
     if smoothing:
@@ -158,12 +180,12 @@ def test_a_smoothed_mask_is_1_deep_inside_and_0_far_outside(smoothing):
 
 def test_the_score_is_of_the_most_unlike_place_or_of_the_mean():
     image = images()
-    unlike = model().unlikeness(image)
-    torch.testing.assert_close(model(score="max").score(image), unlike.amax(dim=(1, 2, 3)))
-    torch.testing.assert_close(model(score="mean").score(image), unlike.mean(dim=(1, 2, 3)))
+    unlike = model().measure(image)[0]
+    torch.testing.assert_close(model(score="max").measure(image)[1], unlike.amax(dim=(1, 2, 3)))
+    torch.testing.assert_close(model(score="mean").measure(image)[1], unlike.mean(dim=(1, 2, 3)))
     for score in ("max", "mean"):
         net = model(score=score)
-        torch.testing.assert_close(net(image)[:, -1, 0, 0], net.score(image) / (net.score(image) + 0.2))
+        torch.testing.assert_close(net(image)[:, -1, 0, 0], net.measure(image)[1] / (net.measure(image)[1] + 0.2))
 
 
 def test_a_model_that_was_never_calibrated_calls_everything_abnormal_but_a_score_of_zero():
@@ -223,7 +245,7 @@ def test_the_input_is_left_alone_and_its_type_is_kept(dtype):
 
 def test_no_gradient_is_recorded():
     image = images().requires_grad_()
-    assert not model()(image).requires_grad and not model().score(image).requires_grad
+    assert not model()(image).requires_grad and not model().measure(image)[1].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -252,7 +274,7 @@ def noise(count, seed=0):
 def test_the_threshold_is_exceeded_by_the_rest_of_the_healthy_places(percentile):
     net, image = model(percentile=percentile), noise(100)
     net.calibrate([{"image": image}])
-    above = (net.unlikeness(image) > net.quantile("healthy_places", percentile)).float().mean()
+    above = (net.measure(image)[0] > net.calibration.threshold(net.settings)).float().mean()
     assert above.item() == pytest.approx(1 - percentile / 100, abs=0.0005)
 
 
@@ -260,7 +282,7 @@ def test_the_threshold_is_exceeded_by_the_rest_of_the_healthy_places(percentile)
 def test_a_slice_at_the_percentile_of_healthy_slices_gets_an_abnormality_of_a_half(score):
     net, image = model(score=score), noise(41)
     net.calibrate([{"image": image}])
-    order = net.score(image).argsort()
+    order = net.measure(image)[1].argsort()
     abnormality = net(image)[order, -1, 0, 0]
     assert abnormality[39].item() == pytest.approx(0.5, abs=1e-6)  # 97.5 % of 40
     assert (abnormality[:39] < 0.5).all() and abnormality[40] > 0.5
@@ -282,8 +304,8 @@ def test_calibration_does_not_depend_on_batches_and_skips_empty_slices():
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_runs_in_evaluation_mode_and_goes_back(training):
     net, modes = model().train(training), []
-    unlikeness = net.unlikeness
-    net.unlikeness = lambda image: modes.append(net.training) or unlikeness(image)
+    examine = net.examine
+    net.examine = lambda image: modes.append(net.training) or examine(image)
     net.calibrate([{"image": noise(2)}])
     assert set(modes) == {False} and net.training == training
 
@@ -303,148 +325,54 @@ def test_half_precision_weights_carry_the_calibration():
     torch.testing.assert_close(fresh.healthy_scores, net.healthy_scores, rtol=1e-3, atol=1e-6)
 
 
-# --- the VQ-VAE
+# --- settings
 
 
-def codebook(net):
-    quantiser = net.autoencoder.quantizer.quantizer
-    return {"entries": quantiser.embedding.weight, "sums": quantiser.ema_w, "sizes": quantiser.ema_cluster_size}
+def test_settings_are_frozen_and_a_configurations_list_is_as_good_as_a_tuple():
+    settings = model().settings
+    with pytest.raises(FrozenInstanceError):
+        settings.healings = 3
+    assert HealthySettings(score="max") == HealthySettings() and hash(settings) == hash(model().settings)
 
 
-def copy_of(tensors):
-    return {name: value.detach().clone() for name, value in tensors.items()}
+def test_a_network_with_other_settings_shares_the_weights_and_has_a_calibration_of_its_own():
+    net, image = Grey(1, SIZE, min_foreground=0.0), images()
+    net.part = nn.Linear(2, 2)
+    net.calibrate([{"image": noise(5)}])
+    before = net(image)
+    other = net.with_settings(healings=2, score="mean")
+    assert other.part is net.part and other.settings == replace(net.settings, healings=2, score="mean")
+    assert net.settings.healings == 1 and torch.equal(other.healthy_scores, net.healthy_scores)
+    other.calibrate([{"image": noise(5)}])
+    assert not torch.equal(other.healthy_scores, net.healthy_scores) and torch.equal(net(image), before)
+    with pytest.raises(ValueError, match="healings must be 1 or more, got 0"):
+        net.with_settings(healings=0)
 
 
-def losses(net, image=None, seed=0):
-    return net.autoencoder_losses(images(8) if image is None else image, None, generator(seed))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"texture_offset": 0.1}, "texture_offset 0.0, not 0.1"), ({"score": "mean"}, "score max, not mean")],
+)
+def test_quantiles_that_were_measured_with_other_settings_are_refused_until_they_are_measured_anew(changes, told, tmp_path):
+    net, image = model(), images()
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    other = net.with_settings(**changes)
+    shipped = Grey(1, SIZE, min_foreground=0.0, calibrated_for={"texture_offset": 0.0, "score": "max"}, **changes)
+    for call in (lambda: other(image), lambda: shipped(image), lambda: shipped.load_weights(tmp_path / "model.pt")):
+        with pytest.raises(ValueError, match=f"measured with {told}: .*network.calibrate.*--recalibrate True"):
+            call()
+    other.calibrate([{"image": noise(3)}])
+    shipped.load_weights(tmp_path / "model.pt", [{"image": noise(3)}])
+    assert torch.equal(other(image), shipped(image)) and net(image).any()
 
 
-def is_latent(entries, latent):
-    """Which entries (n, embedding_dim) of a codebook are among the latents (B, embedding_dim, h, w)."""
-    return torch.cdist(entries, latent.movedim(1, -1).flatten(0, -2)).amin(dim=1) < 1e-3
+def test_settings_that_no_quantile_depends_on_may_change():
+    net = model(percentile=50.0, calibrated_for={"texture_offset": 0, "score": "max"})
+    assert net.with_settings(percentile=90.0, healings=3, smoothing=0.0)(images()).any()
+    assert net.calibration == Calibration(net.healthy_places, net.healthy_scores, net.settings)
 
 
-def test_the_codebook_begins_with_latents():
-    net = quantised().train()
-    quantise, seen = net.autoencoder.quantize, []
-    net.autoencoder.quantize = lambda latent: seen.append(copy_of(codebook(net))) or quantise(latent)
-    latent = net.encode(images(8))
-    assert not is_latent(codebook(net)["entries"], latent).any()
-    losses(net)
-    (book,) = seen
-    assert is_latent(book["entries"], latent).all()
-    assert torch.equal(book["sums"], book["entries"]) and (book["sizes"] == 1).all()
-    assert is_latent(codebook(net)["entries"], latent).sum() >= 8  # the others have begun to follow their places
-
-
-def test_an_entry_that_is_no_longer_used_comes_back_and_the_others_stay():
-    net = quantised().train()
-    for seed in range(3):
-        losses(net, seed=seed)
-    book = codebook(net)
-    book["sizes"][3], book["sizes"][5:] = 0.04, book["sizes"][5:].clamp(min=0.06)
-    book["entries"].data[3] = book["sums"][3] = 1000.0
-    before = copy_of(book)
-    net._revive_entries(net.encode(images(8)).detach(), generator())
-    assert is_latent(book["entries"][3:4], net.encode(images(8))).all() and book["sizes"][3] == 1
-    others = [i for i in range(16) if i != 3 and before["sizes"][i] >= 0.05]
-    assert len(others) >= 11 and all(torch.equal(book[name][others], before[name][others]) for name in book)
-
-
-def test_the_codebook_changes_in_training_and_not_in_evaluation():
-    net = quantised()
-    for training in (False, True):
-        net.train(training)
-        before = copy_of(codebook(net))
-        losses(net)
-        assert all(torch.equal(value, before[name]) != training for name, value in codebook(net).items())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_losses_depend_on_the_generator_only(training):
-    nets = [quantised().train(training) for _ in range(3)]
-    torch.manual_seed(1)
-    first = losses(nets[0])
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    again, other = losses(nets[1]), losses(nets[2], seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert (first["commitment"] != other["commitment"]) == training  # the entries that were revived
-    assert all(torch.equal(value, codebook(nets[1])[name]) for name, value in codebook(nets[0]).items())
-
-
-def test_the_losses_are_those_of_the_restored_slices():
-    net, image = quantised().eval(), images(8)
-    values = losses(net)
-    restored = net.decode(net.encode(image))
-    torch.testing.assert_close(values["reconstruction"], (restored - image).abs().mean())
-    gap = torch.fft.fft2(restored, norm="ortho").abs() - torch.fft.fft2(image, norm="ortho").abs()
-    torch.testing.assert_close(values["spectral"], (gap**2).mean(), rtol=1e-3, atol=1e-6)
-    latent = net.encode(image)
-    quantised_latent, _ = net.autoencoder.quantize(latent)
-    torch.testing.assert_close(values["commitment"], 0.25 * ((quantised_latent - latent) ** 2).mean())
-    heavy = losses(quantised(spectral_weight=3.0).eval())
-    torch.testing.assert_close(heavy["spectral"], 3 * values["spectral"])
-
-
-def test_the_losses_train_encoder_and_decoder_and_fall():
-    net = quantised().train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
-    totals = []
-    for seed in range(25):
-        values = losses(net, seed=seed)
-        optimizer.zero_grad()
-        sum(values.values()).backward()
-        if seed == 0:
-            assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
-            assert codebook(net)["entries"].grad is None
-        optimizer.step()
-        totals.append(values["reconstruction"].item())
-    assert totals[-1] < 0.5 * totals[0]
-
-
-def test_a_model_takes_the_autoencoder_and_nothing_else_from_weights(tmp_path):
-    source, net = quantised(seed=1), quantised()
-    source.healthy_places.fill_(3.0)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
-    torch.save({**state, "unet.weight": torch.zeros(3)}, tmp_path / "model.pt")
-    net.load_autoencoder(tmp_path / "model.pt")
-    for name, value in net.autoencoder.state_dict().items():
-        assert value.dtype == torch.float32 and torch.equal(value, state["autoencoder." + name].float())
-    assert not net.healthy_places.any()
-
-
-def test_weights_without_an_autoencoder_are_refused(tmp_path):
-    torch.save({"unet.weight": torch.zeros(3)}, tmp_path / "model.pt")
-    with pytest.raises(RuntimeError, match="Missing key"):
-        quantised().load_autoencoder(tmp_path / "model.pt")
-
-
-def test_bfloat16_arithmetic_stays_close_to_float32():
-    net, image = quantised().eval(), images(4)
-    rough = copy.deepcopy(net)
-    rough.amp = True
-    assert rough.encode(image).dtype == rough.decode(net.encode(image)).dtype == torch.float32
-    torch.testing.assert_close(rough.encode(image), net.encode(image), atol=0.03, rtol=0.03)
-    torch.testing.assert_close(rough.decode(net.encode(image)), net.decode(net.encode(image)), atol=0.03, rtol=0.03)
-    assert not torch.equal(rough.encode(image), net.encode(image))
-
-
-def test_restoring_is_encoding_and_decoding():
-    net = quantised().eval()
-    image = images()
-    with torch.no_grad():
-        torch.testing.assert_close(net.restore(image), net.autoencoder(image)[0])
-
-
-def test_the_weights_of_the_autoencoder_alone_can_be_taken_from_a_file(tmp_path):
-    first, second = quantised(seed=0), quantised(seed=1)
-    first.healthy_places.fill_(3)
-    torch.save(first.state_dict(), tmp_path / "model.pt")
-    second.load_autoencoder(tmp_path / "model.pt")
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.autoencoder.parameters(), second.autoencoder.parameters(), strict=True)
-    )
-    assert not second.healthy_places.any()
-    assert second.load_weights(tmp_path / "model.pt") is second and second.healthy_places.all() and not second.training
+def test_weights_are_loaded_for_inference(tmp_path):
+    net, fresh = model(), Grey(1, SIZE)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    assert fresh.load_weights(tmp_path / "model.pt") is fresh and fresh.healthy_places.all() and not fresh.training

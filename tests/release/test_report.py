@@ -75,8 +75,8 @@ def write_table(path, rows):
         writer.writerows(rows)
 
 
-def result(case, finding_ml=12.5, trust=0.9, **others):
-    made = {"case": case, "finding_ml": f"{finding_ml:.3f}", "score": "0.04577", "trust": f"{trust:.4f}", "seconds": "6.9"}
+def result(case, finding_ml=12.5, ill=0.9, called="probability", **others):
+    made = {"case": case, "finding_ml": f"{finding_ml:.3f}", "score": "0.04577", called: f"{ill:.4f}", "seconds": "6.9"}
     return {**made, "bundle": "organ_what", "version": "0.1.0", "weights": "20b1ebaa756b", **others}
 
 
@@ -89,8 +89,8 @@ def add_picture(folder, case, size=(120, 142)):
 
 @pytest.fixture
 def results(tmp_path):
-    """Results of four cases, two of them with pictures; one name is hostile, one trust is low."""
-    cases = [("b10", 294.1, 0.9659), ("b9", 3, 0.4999), (SCRIPT_NAME, 0, 0.5), ("no # picture %41", 20, 0.01)]
+    """Results of four cases, two of them with pictures; one name is hostile, two look healthy, and of these one is empty."""
+    cases = [("b10", 294.1, 0.9659), ("b9", 3, 0.4999), (SCRIPT_NAME, 20, 0.5), ("no # picture %41", 0, 0.01)]
     write_table(tmp_path / "results.csv", [result(*case) for case in cases])
     add_picture(tmp_path, "b10")
     add_picture(tmp_path, "b9")
@@ -101,7 +101,7 @@ def test_the_page_is_well_formed_and_has_a_row_for_each_case_in_their_order(resu
     assert report(results) == results / "report.html"
     page = Page(results / "report.html")
     assert [row["case"] for row in page.rows()] == ["b10", "b9", SCRIPT_NAME, "no # picture %41"]
-    assert page.rows()[0]["finding (ml)"] == "294.100" and page.rows()[0]["trust"] == "0.9659"
+    assert page.rows()[0]["finding (ml)"] == "294.100" and page.rows()[0]["probability of disease"] == "0.9659"
     facts = page.facts()
     assert facts["version"] == "0.1.0" and facts["weights"] == "20b1ebaa756b" and facts["cases"] == "4"
     assert page.all("h1")[0]["text"] == "organ_what" and "weights" not in page.rows()[0]
@@ -123,10 +123,15 @@ def test_two_runs_give_the_same_bytes(results):
     assert sorted(path.name for path in results.iterdir()) == ["b10", "b9", "report.html", "results.csv"]
 
 
-def test_cases_below_the_least_trust_are_marked(results):
+@pytest.mark.parametrize("called", ["probability", "abnormality"])
+def test_a_finding_in_a_case_that_looks_healthy_is_marked_and_a_healthy_case_is_not(results, called):
+    cases = [("b10", 294.1, 0.9659), ("b9", 3, 0.4999), (SCRIPT_NAME, 20, 0.5), ("no # picture %41", 0, 0.01)]
+    write_table(results / "results.csv", [result(*case, called=called) for case in cases])
     page = Page(report(results))
-    assert [row["case"] for row in page.rows() if "not to be believed" in row["trust"]] == ["b9", "no # picture %41"]
-    assert len(page.all("tr", **{"class": "doubtful"})) == 2 and page.facts()["not to be believed"] == "2"
+    heading = {"probability": "probability of disease"}.get(called, called)
+    assert [row["case"] for row in page.rows() if "doubtful finding" in row[heading]] == ["b9"]
+    assert len(page.all("tr", **{"class": "doubtful"})) == 1 and page.facts()["doubtful findings"] == "1"
+    assert f"doubtful where the {heading} is below 0.5" in page.text and "believed" not in page.text
 
 
 def test_pictures_are_embedded_and_their_absence_is_tolerated(results):
@@ -162,7 +167,12 @@ def test_a_page_elsewhere_finds_the_original_pictures(results, tmp_path):
 def test_columns_of_numbers_sort_as_numbers_and_every_heading_is_a_button(results):
     page = Page(report(results))
     headings = [e for e in page.all("th", scope="col") if e["text"] != "picture"]
-    assert [e["text"] for e in headings if "data-number" in e] == ["finding (ml)", "score", "trust", "seconds"]
+    assert [e["text"] for e in headings if "data-number" in e] == [
+        "finding (ml)",
+        "score",
+        "probability of disease",
+        "seconds",
+    ]
     assert len([e for e in page.all("button") if "th" in e["inside"]]) == len(headings) == 5
     assert [e["text"] for e in page.all("th", scope="row")] == [row["case"] for row in page.rows()]
     (label,) = page.all("label")
@@ -205,27 +215,27 @@ def test_a_cohort_of_failures_alone_has_a_page(tmp_path):
 
 def test_histograms_count_every_case(results):
     page = Page(report(results))
-    volumes, trust = page.all("figure")
-    assert "median 11.5 ml" in volumes["text"] and "from 0.01 to 0.9659" in trust["text"]
+    volumes, probabilities = page.all("figure")
+    assert "median 11.5 ml" in volumes["text"] and "from 0.01 to 0.9659" in probabilities["text"]
+    assert "Probability of disease" in probabilities["text"]
     texts = [e["text"] for e in page.all("title") if "rect" in e["inside"]]
     counts = [int(text.rpartition(": ")[2]) for text in texts]
     assert sum(counts) == 8 and sum(counts[-20:]) == 4
-    assert len(page.all("rect", **{"class": "doubtful"})) == 10  # of the twenty from 0 to 1
     assert all(svg["role"] == "img" and "median" in svg["aria-label"] for svg in page.all("svg"))
 
 
-@pytest.mark.parametrize("rows", [[result("a", 0, 0)], [result("a", trust=1.0), result("b", float("nan"), float("nan"))]])
+@pytest.mark.parametrize("rows", [[result("a", 0, 0)], [result("a", ill=1.0), result("b", float("nan"), float("nan"))]])
 def test_extreme_and_missing_figures_are_drawn(tmp_path, rows):
     write_table(tmp_path / "results.csv", rows)
     page = Page(report(tmp_path))
     assert len(page.rows()) == len(rows) and len(page.all("figure")) == 2 and "nan" not in page.text.partition("</head>")[2]
 
 
-def test_results_without_findings_and_trust_have_a_table_of_what_there_is(tmp_path):
+def test_results_without_findings_and_probabilities_have_a_table_of_what_there_is(tmp_path):
     write_table(tmp_path / "results.csv", [{"case": "a", "frames": "12", "quality": "good"}])
     page = Page(report(tmp_path))
     assert page.rows() == [{"picture": "–", "case": "a", "frames": "12", "quality": "good"}]
-    assert not page.all("figure") and "not to be believed" not in page.facts()
+    assert not page.all("figure") and "doubtful findings" not in page.facts()
 
 
 def test_results_of_several_versions_name_them_all_in_the_header_and_in_the_rows(tmp_path):
@@ -241,11 +251,11 @@ def test_results_of_several_versions_name_them_all_in_the_header_and_in_the_rows
     [
         ("other.csv", b"", "no results.csv there"),
         ("results.csv", b"", "has no column 'case'"),
-        ("results.csv", b"name,trust\na,1\n", "has no column 'case'"),
-        ("results.csv", b"case,trust\na\n", "too few or too many columns"),
-        ("results.csv", b"case,trust\na,1,2\n", "too few or too many columns"),
-        ("results.csv", b'case,trust\n"a,1\n', "can't be read"),
-        ("results.csv", b"case,trust\n\xff\xfe,1\n", "can't be read"),
+        ("results.csv", b"name,score\na,1\n", "has no column 'case'"),
+        ("results.csv", b"case,score\na\n", "too few or too many columns"),
+        ("results.csv", b"case,score\na,1,2\n", "too few or too many columns"),
+        ("results.csv", b'case,score\n"a,1\n', "can't be read"),
+        ("results.csv", b"case,score\n\xff\xfe,1\n", "can't be read"),
         ("metrics_summary.json", b"{", "can't be read"),
         ("metrics_summary.json", b"[1]", "can't be read"),
     ],

@@ -17,7 +17,7 @@ from scripts.data.layouts import find_cases
 from scripts.data.slices import ExtractSlicesd
 from scripts.inferers import run_in_batches
 from scripts.metrics import dice
-from scripts.networks.healthy_model import HealthyModel
+from scripts.networks.latent_anomaly import LatentAnomalyNet
 from scripts.speed import Trial, compare
 from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites
 from scripts.tasks.anomaly.figures import guidance_table_figure
@@ -140,13 +140,11 @@ def anomaly_benchmark(
         section: section of the cases.
     """
     images, masks = drawn_slices(bundle, dataset_dir, number, section)
-    published = networks["published"]
-    if isinstance(published, HealthyModel):
+    default = networks["default"]
+    if isinstance(default, LatentAnomalyNet):
         healthy = healthy_slices(bundle, dataset_dir, "validation")
-        settings = {name: value for name, value in published.published.items() if name != "max_batch"}  # which takes long
-        calibrated = build_network(bundle, amp=False, **settings)
-        calibrated.calibrate([{"image": batch} for batch in healthy.split(50)])
-        published.load_state_dict(calibrated.state_dict())
+        published = default.as_published([{"image": batch} for batch in healthy.split(50)])
+        networks = {**networks, "published": published.with_settings(max_batch=default.published["max_batch"])}
     trial = Trial(
         images.split(1),
         "slice",
@@ -154,7 +152,7 @@ def anomaly_benchmark(
         judge=lambda outputs: _quality(torch.cat(outputs), masks),
         columns={"dice": "Dice (Otsu)", "best_dice": "largest Dice", "auroc": "AUROC", "healthy_ratio": "healthy / lesion"},
     )
-    return compare(networks, trial, next(published.parameters()).device)
+    return compare(networks, trial, next(default.parameters()).device)
 
 
 def tune(

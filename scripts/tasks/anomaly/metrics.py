@@ -105,7 +105,7 @@ class AnomalyMetrics(CohortMetrics):
     - ``label``: (1, H, W, D) ``MetaTensor``, lesion where above 0, whatever its class;
     - ``pred``: (1, H, W, D), found mask;
     - ``map``: (1, H, W, D), anomaly map, 0 or more;
-    - ``probability``: (1, H, W, D), probability of disease, constant over a slice, 0 on slices that were skipped.
+    - ``probability``: (1, H, W, D), of disease, constant over a slice, 0 on slices that were skipped; or ``slice_score``.
 
     Slices with 1 to ``min_lesion_area - 1`` lesion pixels are neither healthy nor diseased: they count in the voxel
     figures only.
@@ -134,6 +134,7 @@ class AnomalyMetrics(CohortMetrics):
         value_range: bounds of the anomaly map; values beyond it are not told apart from each other.
         slice_dim: spatial axis that slices are counted along: 0, 1 or 2.
         min_lesion_area: lesion pixels from which a slice counts as diseased.
+        slice_score: key of what takes the place of the probability, in [0, 1], too: such as ``abnormality``.
         filename: name of the table; the pooled figures are in ``<its stem>_summary.json``.
     """
 
@@ -143,9 +144,11 @@ class AnomalyMetrics(CohortMetrics):
         value_range: tuple[float, float] = (0.0, 3.0),
         slice_dim: int = 2,
         min_lesion_area: int = 20,
+        slice_score: str = "probability",
         filename: str = "metrics.csv",
     ) -> None:
         self.value_range = value_range
+        self.slice_score = slice_score
         self.slice_dim = slice_dim
         self.min_lesion_area = min_lesion_area
         super().__init__(output_dir, filename)
@@ -176,14 +179,14 @@ class AnomalyMetrics(CohortMetrics):
                 "inference only."
             )
         shape = tuple(case["map"].shape)
-        for key in ("label", "pred", "probability"):
+        for key in ("label", "pred", self.slice_score):
             if tuple(case[key].shape) != shape:
                 raise ValueError(f"Case {name}: {key} has shape {tuple(case[key].shape)}, the anomaly map has {shape}.")
 
         anomaly = self._slices(case["map"]).double()
         label = self._slices(case["label"]) > 0
         pred = self._slices(case["pred"]) > 0
-        probability = self._slices(case["probability"]).amax(dim=1)
+        probability = self._slices(case[self.slice_score]).amax(dim=1)
         if anomaly.isnan().any():
             raise ValueError(f"Case {name}: its anomaly map has voxels that are not a number (NaN).")
 

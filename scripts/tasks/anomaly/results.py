@@ -25,8 +25,8 @@ class CaseSaver(FolderSaver):
 
     ``<case>/<case>_seg.nii.gz`` (uint8, from ``pred``), ``_map.nii.gz`` (float32, from ``map``), ``_healthy.nii.gz`` (from
     ``healthy``, in the scan's own units, sequences in the last axis), ``_overview.png``, and a row in ``results.csv``:
-    volume of the finding in ml, score (largest mean of the anomaly map over a slice), trust (largest of the classifier's
-    probabilities of disease over the slices).
+    volume of the finding in ml, score (largest mean of the anomaly map over a slice), and the largest probability of disease
+    over the slices, or what the network has in its place.
 
     Of a case that was read from the folder of a DICOM series, also ``_seg.dcm``, see
     :func:`scripts.data.dicom.write_segmentation`. Where that can't be made (no geometry, several frames a file, …) a warning
@@ -37,16 +37,24 @@ class CaseSaver(FolderSaver):
         meta: the bundle's metadata, for its name, version and labels.
         weights: the bundle's weights, for their hash.
         channel: sequence that the overview picture shows.
+        slice_score: key, and column, of what the network says of a slice as a whole, in [0, 1]: ``probability`` of disease,
+            or ``abnormality``.
         picture: whether to draw the overview picture.
     """
 
     endings = ("seg.nii.gz", "map.nii.gz", "healthy.nii.gz", "seg.dcm", "overview.png")
 
     def __init__(
-        self, output_dir: str | Path, meta: Mapping[str, Any], weights: str | Path, channel: int = 0, picture: bool = True
+        self,
+        output_dir: str | Path,
+        meta: Mapping[str, Any],
+        weights: str | Path,
+        channel: int = 0,
+        picture: bool = True,
+        slice_score: str = "probability",
     ) -> None:
         super().__init__(output_dir, meta, weights, picture)
-        self.channel = channel
+        self.channel, self.slice_score = channel, slice_score
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
         mask, anomaly = case["pred"], case["map"]
@@ -73,8 +81,12 @@ class CaseSaver(FolderSaver):
         return {
             "finding_ml": f"{millilitres(case['pred']):.3f}",
             "score": f"{case['map'][0].flatten(0, 1).mean(dim=0).max().item():.5f}",
-            "trust": f"{case['probability'].max().item():.4f}",
+            self.slice_score: f"{case[self.slice_score].max().item():.4f}",
         }
+
+    def rows(self) -> list[dict[str, str]]:
+        """Rows of the table; version 0.1.0 called the last column trust."""
+        return [{self.slice_score if k == "trust" else k: v for k, v in row.items()} for row in super().rows()]
 
     def _write_dicom(self, path: Path, series_dir: str, mask: Any) -> None:
         """Write the mask as DICOM, or a line that says why not; only a disk that can't be written fails the case."""

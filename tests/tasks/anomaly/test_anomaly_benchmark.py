@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from scripts import speed
-from scripts.networks.healthy_model import HealthyModel
+from scripts.networks.latent_anomaly import LatentAnomalyNet
 from scripts.tasks.anomaly import benchmark
 
 
@@ -32,20 +32,6 @@ class Stub(nn.Module):
         healed = torch.where(image > 0.15, 0.5, image)
         anomaly = self.gain * (image - healed).abs().mean(dim=1, keepdim=True)
         return torch.cat([anomaly, healed, anomaly.flatten(1).mean(dim=1).view(-1, 1, 1, 1).expand_as(anomaly)], dim=1)
-
-
-class Unlike(HealthyModel):
-    """Bright places are unlike health."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def unlikeness(self, image):
-        return nn.functional.avg_pool2d(image, 4)
-
-    def heal(self, image, mask, generator=None):
-        return 0.5 * image
 
 
 @pytest.fixture
@@ -138,16 +124,26 @@ def test_slices_of_a_bundle_without_labels_are_half_painted_and_half_healthy(pic
 
 
 def test_a_model_of_healthy_slices_is_calibrated_anew_for_the_published_procedure(picture_bundle, monkeypatch):
-    asked = []
-    monkeypatch.setattr(Unlike, "published", {"healings": 1, "max_batch": 1}, raising=False)
-    monkeypatch.setattr(benchmark, "build_network", lambda bundle, **settings: asked.append(settings) or Unlike().eval())
-    networks = {"default": Unlike().eval(), "published": Unlike().eval()}
-    benchmark.anomaly_benchmark(picture_bundle.path, networks, picture_bundle.data, 4, "all")
+    compared, batches, calibrate = [], [], LatentAnomalyNet.calibrate
+    monkeypatch.setattr(benchmark, "compare", lambda networks, trial, device: compared.append(networks))
+    monkeypatch.setattr(
+        LatentAnomalyNet,
+        "calibrate",
+        lambda self, loader: batches.append(self.settings.max_batch) or calibrate(self, loader),
+    )
+    autoencoder = {"channels": (8, 16), "num_embeddings": 16}
+    default = LatentAnomalyNet(autoencoder=autoencoder, unet_channels=(32, 32), band_levels=2).eval()
+    published = default.with_settings(**default.published)
+    benchmark.anomaly_benchmark(
+        picture_bundle.path, {"default": default, "published": published}, picture_bundle.data, 4, "all"
+    )
+    (networks,) = compared
     validation = benchmark.healthy_slices(picture_bundle.path, picture_bundle.data, "validation")
-    expected = nn.functional.avg_pool2d(validation, 4).max().item()
-    assert networks["published"].healthy_places[-1].item() == pytest.approx(expected)
-    assert not networks["default"].healthy_places.any()
-    assert asked == [{"amp": False, "healings": 1}]  # in large batches, as they change nothing
+    expected = networks["published"].measure(validation)[0].max().item()
+    assert networks["published"].healthy_places[-1].item() == pytest.approx(expected, rel=1e-4)
+    assert networks["published"].settings == published.settings and networks["published"].unet is default.unet
+    assert networks["default"] is default and not default.healthy_places.any()
+    assert batches == [256]  # as it changes nothing but the time
 
 
 def test_slices_of_a_bundle_with_labels_are_half_diseased_and_half_healthy(bundle, tmp_path):

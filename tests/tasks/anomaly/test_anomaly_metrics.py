@@ -284,6 +284,13 @@ def test_a_case_without_label_is_named_with_the_mend(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_network_has_in_place_of_the_probability_is_measured_as_one(tmp_path):
+    case = make_case("a", 0)
+    expected = evaluate([case], tmp_path / "probability")[1]
+    case["abnormality"] = case.pop("probability")
+    assert evaluate([case], tmp_path / "abnormality", slice_score="abnormality")[1] == expected
+
+
 @pytest.mark.parametrize("key", ["label", "pred", "probability"])
 def test_a_volume_of_another_shape_than_the_map_is_named(tmp_path, key):
     case = make_case("patient_7", 0)

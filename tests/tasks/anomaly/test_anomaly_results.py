@@ -104,13 +104,28 @@ def test_the_row_holds_the_volume_in_ml_and_what_made_it(tmp_path):
         "case": "case1",
         "finding_ml": f"{case['pred'].numpy().sum() * 2 * 1.5 * 3 / 1000:.3f}",
         "score": f"{case['map'].numpy()[0].mean(axis=(0, 1)).max():.5f}",
-        "trust": f"{case['probability'].numpy().max():.4f}",
+        "probability": f"{case['probability'].numpy().max():.4f}",
         "arithmetic": "float32",
         "bundle": "a bundle",
         "version": "1.2.3",
         "weights": sha256_of(tmp_path / "model.pt")[:12],
     }
     assert float(row["finding_ml"]) > 0.1
+
+
+def test_a_network_without_a_probability_has_a_column_of_what_it_has_in_its_place(tmp_path):
+    case = finding()
+    case["abnormality"] = case.pop("probability")
+    saver(tmp_path, slice_score="abnormality").save(case)
+    (row,) = rows(tmp_path)
+    assert row["abnormality"] == f"{case['abnormality'].numpy().max():.4f}" and "probability" not in row
+
+
+def test_a_table_in_which_the_probability_was_called_trust_is_gone_on_with(tmp_path):
+    (tmp_path / "results.csv").write_text("case,finding_ml,score,trust,seconds\nold,1.0,0.1,0.9,2.0\n")
+    saver(tmp_path).save(finding("new"))
+    old, new = rows(tmp_path)
+    assert (old["case"], old["probability"], new["case"]) == ("old", "0.9", "new") and "trust" not in old
 
 
 def test_saving_a_case_again_replaces_its_files_and_its_row(tmp_path):
