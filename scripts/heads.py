@@ -118,7 +118,7 @@ class FrameHeadd(MapTransform, InvertibleTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.spatial_size, self.height, self.air, self.tissue = tuple(spatial_size), height, air, tissue
-        self.resample = SpatialResample(padding_mode="border", align_corners=True)
+        self.resample = SpatialResample(padding_mode="zeros", align_corners=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -173,7 +173,9 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         matrix[:2, :2] = _turn(head.angle) * head.height / self.height
         matrix[:2, 3] = np.array(head.centre) - matrix[:2, :2] @ (np.array(self.spatial_size) - 1) / 2
         target = convert_to_numpy(image.affine) @ matrix
-        return self.resample(image, dst_affine=target, spatial_size=(*self.spatial_size, image.shape[-1]))
+        # what lies beyond the picture is zero to the resampling, so that the air has to be
+        moved = self.resample(image - self.air, dst_affine=target, spatial_size=(*self.spatial_size, image.shape[-1]))
+        return moved + self.air
 
 
 _IN_PLANE = np.zeros((3, 3, 3), dtype=bool)

@@ -53,6 +53,7 @@ def test_a_head_is_found_wherever_it_lies(angle):
         {"background": 0.2, "tissue": 0.55},
         {"size": (150, 300)},
         {"text": False},
+        {"centre": (46.0, 80.0)},
     ],
     ids=lambda settings: str(settings),
 )
