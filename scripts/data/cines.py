@@ -19,7 +19,7 @@ from monai.data.utils import is_supported_format
 from monai.utils import ensure_tuple
 
 from scripts.data.layouts import NIFTI, nifti_of, stem_of, visible
-from scripts.data.reading import LoadSequencesd
+from scripts.data.reading import LoadSequencesd, open_nifti
 from scripts.data.sections import SECTIONS, checked_section, take_section
 
 __all__ = ["LoadCined", "assume_spacing", "find_cines"]
@@ -279,7 +279,7 @@ class LoadCined(LoadSequencesd):
                 cine.meta["original_affine"] = mended  # no other program could place results on a grid without extent
             cine.affine = torch.as_tensor(mended)
         # MONAI's reader overwrites the time in the header that it keeps
-        header = nib.load(path).header if is_supported_format(path, ("nii", "nii.gz")) else nib.Nifti1Header()
+        header = open_nifti(path).header if is_supported_format(path, ("nii", "nii.gz")) else nib.Nifti1Header()
         unit = {"msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1], 1.0)
         cine.meta["time_step"] = unit * float(header["pixdim"][4]) if header["dim"][0] > 3 else 0.0
         cine.meta["num_frames"] = len(cine)
