@@ -21,7 +21,7 @@ from monai.utils import convert_to_numpy, ensure_tuple
 from PIL import ExifTags, ImageOps
 from PIL.Image import Image
 
-from scripts.data.dicom import read_series
+from scripts.data.dicom import SeriesReader
 from scripts.transforms import with_meta
 
 __all__ = ["LoadSequencesd", "PICTURE_AFFINE", "open_nifti"]
@@ -196,6 +196,7 @@ class LoadSequencesd(MapTransform):
         self.loader = LoadImage(image_only=True, ensure_channel_first=True)
         self.picture_reader = _PictureReader(converter=_to_grey)
         self.nifti_reader = _NiftiReader()
+        self.loader.register(SeriesReader())
         self.loader.register(self.nifti_reader)
         self.loader.register(self.picture_reader)
         if stand_in is not None and stand_in not in self.sequences:
@@ -262,14 +263,12 @@ class LoadSequencesd(MapTransform):
         except PermissionError as error:
             raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner.") from error
         except Exception as error:  # each of the readers has its own ways to fail
-            if str(error).startswith(f"{path}: "):
+            if isinstance(error, ValueError) and str(error).startswith(str(path)):
                 raise
             raise ValueError(
                 f"{path}: unreadable ({type(error).__name__}), cut short or not an image; copy it again, or convert it "
                 "to NIfTI."
             ) from error
-        if Path(path).expanduser().is_dir():
-            read_series(path)  # refuses what ITK reads without a word, though it isn't one series
         voxels = image.as_tensor()
         if not self.min_ndim <= voxels.ndim - 1 <= 3:
             wanted = "3-D" if self.min_ndim == 3 else "2-D or 3-D"

@@ -299,7 +299,7 @@ def rubbish():
 
 BAD_INPUTS = {
     "missing file": ("none.nii.gz: no such file", lambda f: f / "none.nii.gz"),
-    "folder without images": ("without DICOM", lambda f: f),
+    "folder without images": ("no DICOM images in this folder", lambda f: f),
     "cut gzip": ("unreadable", lambda f: cut(save(f / "a.nii.gz", noise(8, 8, 8)))),
     "cut file": ("unreadable", lambda f: cut(save(f / "a.nii", noise(8, 8, 8)))),
     "cut picture": ("unreadable", lambda f: cut(picture(f / "a.png"))),
