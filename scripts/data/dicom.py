@@ -174,6 +174,17 @@ def _frames(header: Dataset) -> list[Dataset]:
     return _in_order(Path(header.filename), frames)
 
 
+def _pixels(path: Path) -> np.ndarray:
+    image = pydicom.dcmread(path)
+    try:
+        return image.pixel_array
+    except (RuntimeError, NotImplementedError) as error:  # for want of a decoder, pydicom lists what might be installed
+        raise ValueError(
+            f"{path}: its frames are in {image.file_meta.TransferSyntaxUID.name}, for which there is no decoder; install "
+            "python-gdcm, or convert it to NIfTI"
+        ) from error
+
+
 class SeriesReader(ITKReader):
     """MONAI's ITKReader for the folder of one DICOM series, or a file with several frames (enhanced MR or CT).
 
@@ -201,7 +212,7 @@ class SeriesReader(ITKReader):
         files = [str(header.filename) for header in slices]
         if len(slices) == 1 and int(slices[0].get("NumberOfFrames") or 1) > 1:
             frames = _frames(slices[0])
-            pixels = pydicom.dcmread(files[0]).pixel_array
+            pixels = _pixels(Path(files[0]))
             levels = [
                 pixels[f.frame] * float(f.get("RescaleSlope", 1)) + float(f.get("RescaleIntercept", 0)) for f in frames
             ]
@@ -221,7 +232,7 @@ class SeriesReader(ITKReader):
             if stack.tilt or "affine" not in meta:
                 voxels = stack.joined(voxels)
                 meta["affine"], meta["original_affine"] = stack.affine, stack.affine.copy()
-                meta["spatial_shape"] = np.array(stack.shape)
+                meta["spatial_shape"], meta["spacing"] = np.array(stack.shape), np.linalg.norm(stack.affine[:3, :3], axis=0)
         return voxels, meta
 
 

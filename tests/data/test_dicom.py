@@ -18,6 +18,7 @@ import torch
 from conftest import make_head, rows_of, run_forked
 from made_inputs import COLUMN_SPACING, NAMES, OBLIQUE, ORIGIN, ROW_SPACING, STEP, save_series
 from monai.data import MetaTensor
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import EnhancedCTImageStorage, JPEGLosslessSV1, MRImageStorage
 
 from scripts.data import dicom
@@ -312,6 +313,44 @@ def test_the_frames_of_an_enhanced_object_lie_in_order_each_with_its_slope(tmp_p
     affine[:2] *= -1
     np.testing.assert_allclose(image.affine, affine, atol=1e-5)
     np.testing.assert_array_equal(image.meta["original_affine"], image.affine)
+
+
+def save_enhanced_in_jpeg(path):
+    """The same, its frames in JPEG Lossless."""
+    order = (3, 0, 4, 1, 2)
+
+    def compress(header):
+        size = len(header.PixelData) // len(order)
+        frames = []
+        for k in range(len(order)):
+            part = save_series(path.parent / "jpeg", np.zeros((64, 48, 1))) / NAMES[0]
+            single = pydicom.dcmread(part)
+            single.PixelData = header.PixelData[k * size : (k + 1) * size]
+            single.save_as(part)
+            lossless_jpeg(part)
+            frames.append(next(generate_frames(pydicom.dcmread(part).PixelData, number_of_frames=1)))
+        shutil.rmtree(path.parent / "jpeg")
+        header.PixelData = encapsulate(frames)
+        header["PixelData"].is_undefined_length = True
+        header.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+
+    return save_enhanced(path, order, compress)
+
+
+def test_frames_in_lossless_jpeg_are_decoded(tmp_path):
+    pytest.importorskip("gdcm")
+    expected = save_enhanced_in_jpeg(tmp_path / "a.dcm")
+    np.testing.assert_allclose(load(tmp_path / "a.dcm")[0].numpy(), expected, rtol=1e-6)
+
+
+def test_frames_that_no_decoder_is_there_for_are_told_so(tmp_path, monkeypatch):
+    def refuse(dataset):
+        raise RuntimeError("Unable to decompress: plugins are missing dependencies")
+
+    save_enhanced_in_jpeg(tmp_path / "a.dcm")
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(refuse))
+    with pytest.raises(ValueError, match="a.dcm: its frames are in JPEG Lossless.* no decoder; install python-gdcm, or"):
+        load(tmp_path / "a.dcm")
 
 
 def two_stacks(header):
