@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from monai.data.utils import is_supported_format
 from monai.utils import ensure_tuple
 
-from scripts.data.layouts import NIFTI, nifti_of, stem_of, visible
+from scripts.data.layouts import NIFTI, nifti_of, others_in, shortened, stem_of, visible
 from scripts.data.reading import LoadSequencesd, open_nifti
 from scripts.data.sections import SECTIONS, checked_section, take_section
 
@@ -82,7 +82,7 @@ def _frames_table(path: Path) -> dict[str, tuple[int, int]]:
 
 def _cine_files(folder: Path) -> list[dict]:
     """Cases of the 4-D files that lie directly in a folder, with the frames of its ``frames.csv`` if there is one."""
-    paths = [p for p in visible(folder) if p.name.endswith(NIFTI) and not stem_of(p).endswith("_gt")]
+    paths = [p for p in visible(folder) if p.name.lower().endswith(NIFTI) and not stem_of(p).endswith("_gt")]
     table = _frames_table(folder / "frames.csv") if (folder / "frames.csv").is_file() else None
     if table is not None and set(table) != (names := {p.name for p in paths}):
         raise ValueError(
@@ -140,9 +140,9 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
             "<patient>/<patient>_ed2es.nii.gz, <case>/<any>_ed.nii.gz with <case>/<any>_es.nii.gz, or 4-D NIfTI files, "
             "with a frames.csv (file, ed, es) or without"
         )
-    for folder, case in found.items():
-        if not case:
-            logger.warning(f"{folder}: left out, it has none of the layouts of a cine")
+    left = [path for path, case in found.items() if not case] + others_in(visible(root), NIFTI)
+    if left:
+        logger.warning(f"{root}: left out, as they have none of the layouts of a cine: {shortened(p.name for p in left)}")
     parts = {name: take_section(cases, name, fractions=fractions) for name in SECTIONS}
     held_back = [c for c in cases if str(c["image"]).removesuffix(".gz").endswith("_ed2es.nii") and "label" in c]
     if held_back:

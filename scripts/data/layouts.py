@@ -34,7 +34,8 @@ def stem_of(path: Path) -> str:
 
 
 def nifti_of(folder: Path, stem: str) -> str | None:
-    return next((str(folder / (stem + e)) for e in NIFTI if (folder / (stem + e)).is_file()), None)
+    paths = (folder / f"{stem}{ending}" for name in NIFTI for ending in (name, name.upper()))
+    return next((str(path) for path in paths if path.is_file()), None)
 
 
 def visible(folder: Path) -> list[Path]:
@@ -46,6 +47,13 @@ def shortened(names: Iterable[str], most: int = 5) -> str:
     """The first of some names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def others_in(paths: Sequence[Path], known: Sequence[str]) -> list[Path]:
+    """Files with none of the known endings, which are neither notes nor the voxels of a header beside them."""
+    described = {path.stem for path in paths if path.suffix.lower() in (".hdr", ".mhd", ".nhdr")}
+    others = [path for path in paths if path.is_file() and not path.name.lower().endswith((*known, *NOTES))]
+    return [path for path in others if path.name.split(".")[0] not in described]
 
 
 def _is_volume(path: Path) -> bool:
@@ -119,6 +127,7 @@ def _volumes(folder: Path, sequences: Sequence[str], label: str, flat: bool) -> 
             case["failure"] = f"{' and '.join(map(str, twice[0]))}: two files of one sequence; remove one of them"
         cases.append(_with_mask(case, masks.get(name)))
     owners = {*known, *map(stem_of, loose)}
+    unused += [mask for name, mask in masks.items() if name not in owners]
     for path in loose:
         of_patient = any(stem_of(path).startswith(tuple(name + mark for mark in SEPARATORS)) for name in known)
         is_mask = (_split(stem_of(path), MASKS) or (None,))[0] in owners
@@ -209,6 +218,7 @@ def find_cases(
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the scans by --dataset_dir")
     own, unused = _volumes(root, sequences, label, flat=False)
     if len(own) == 1 and own[0]["case"] == root.name and isinstance(own[0]["image"], list):
+        _tell_left_out(root, own, sequences, unused, [])
         return own  # a patient's folder
     volumes, unused = _volumes(root, sequences, label, flat=True)
     paths = visible(root)
@@ -230,10 +240,7 @@ def find_cases(
             "file a case, or one folder a DICOM series"
             + (", or pictures (PNG, JPEG, TIFF, BMP, DICOM) in it or in its only sub-folder with any" if pictures else "")
         )
-    known = (*VOLUMES, *NOTES, *(PICTURES if pictures else ()))
-    described = {path.stem for path in paths if path.suffix.lower() in (".hdr", ".mhd", ".nhdr")}  # by a header of their own
-    others = [path for path in paths if path.is_file() and not path.name.lower().endswith(known)]
-    unused += [path for path in others if path.name.split(".")[0] not in described]
+    unused += others_in(paths, (*VOLUMES, *(PICTURES if pictures else ())))
     _tell_left_out(root, volumes + flat, sequences, unused, empty)
     cases = sorted(volumes + flat, key=lambda case: case["case"])
     if section == "all":

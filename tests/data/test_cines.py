@@ -58,6 +58,13 @@ def test_what_macos_and_windows_leave_in_a_folder_is_no_cine(tmp_path):
     assert cases[0]["image"] == [str(tmp_path / f"p1/a_{end}.nii.gz") for end in ("ed", "es")]
 
 
+def test_an_ending_in_capitals_is_known_and_what_is_passed_over_is_told_in_a_line(tmp_path, caplog):
+    touch(tmp_path, "p1/p1_ed2es.NII.GZ", "b.NII", "c.mha", "notes.txt", "p2/readme.txt")
+    assert [case["case"] for case in find_cines(tmp_path)] == ["b", "p1"]
+    (record,) = caplog.records
+    assert record.message == f"{tmp_path}: left out, as they have none of the layouts of a cine: p2, c.mha"
+
+
 def test_cropped_acdc_goes_from_the_first_frame_to_the_last(tmp_path):
     touch(tmp_path / "p1", "p1_ed2es.nii.gz", "info.json", "p1_ed_gt.nii.gz", "p1_es_gt.nii.gz")
     (case,) = find_cines(tmp_path)

@@ -182,12 +182,12 @@ def test_two_files_of_one_sequence_fail_that_patient_alone(tmp_path):
 
 def test_what_is_passed_over_is_told_in_a_line_and_notes_and_used_files_are_not(tmp_path, caplog):
     touch(tmp_path, "p1_t1.nii", "p1_seg.nii", "p1_brainmask.nii", "b.nii", "b_mask.nii", "c.minc", "notes.csv", "c.img")
-    touch(tmp_path, "d/d_t1.nii", "d/adc.nii", "empty/readme.txt", "q_t2.nii", "e.mhd", "e.raw")
+    touch(tmp_path, "d/d_t1.nii", "d/adc.nii", "empty/readme.txt", "q_t2.nii", "e.mhd", "e.raw", "nobody_seg.nii")
     assert names_of(find_cases(tmp_path, SEQUENCES)) == ["b", "d", "e", "p1"]
     told = [record.message for record in caplog.records]
     assert told == [
-        f"{tmp_path}: passed over, as no scans that are asked for: b_mask.nii, c.img, c.minc, d/adc.nii, p1_brainmask.nii "
-        "and 1 more",
+        f"{tmp_path}: passed over, as no scans that are asked for: b_mask.nii, c.img, c.minc, d/adc.nii, nobody_seg.nii "
+        "and 2 more",
         f"{tmp_path}: left out, as no scans were found in them: empty",
     ]
 
