@@ -229,7 +229,7 @@ class SeriesReader(ITKReader):
         if len(slices) > 1:
             stack = Stack(slices)
             _tell(slices, stack)
-            if stack.tilt or "affine" not in meta:
+            if stack.beside or "affine" not in meta:
                 voxels = stack.joined(voxels)
                 meta["affine"], meta["original_affine"] = stack.affine, stack.affine.copy()
                 meta["spatial_shape"], meta["spacing"] = np.array(stack.shape), np.linalg.norm(stack.affine[:3, :3], axis=0)
@@ -239,8 +239,11 @@ class SeriesReader(ITKReader):
 def _tell(slices: Sequence[Dataset], stack: Stack) -> None:
     """Say that a series was tilted, and warn if slices do not lie where its affine says."""
     source = Path(slices[0].filename).parent
-    if stack.tilt:
-        logger.info(f"{source}: tilted by {stack.tilt:.1f} degrees; read, and written, with its slices moved to be straight")
+    if stack.beside:
+        logger.info(
+            f"{source}: a tilted gantry, slices lie up to {stack.beside:.1f} mm beside each other; they are moved "
+            "to lie straight above each other, and the results lie on that grid"
+        )
     if stack.unevenness > 0.1 * min(map(float, slices[0].PixelSpacing)):
         logger.warning(
             f"{source}: a slice is missing, or the slices are unevenly spaced: up to {stack.unevenness:.1f} mm off in the "

@@ -6,6 +6,7 @@ Positions are in the patient's coordinates, mm: LPS in DICOM, RAS in MONAI's aff
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,22 +53,32 @@ class Stack:
     Attributes:
         affine: float64, (4, 4), from array indices (column, row, slice) to RAS, mm; of one slice, the thickness is 1 mm.
         shape: columns, rows and slices of the grid.
-        tilt: angle between the normal and the line through the slices, degrees; 0 if slices need not be moved.
+        beside: largest distance in their plane by which slices lie beside each other, mm; 0 if they need not be moved.
         unevenness: largest distance of a slice from its place on the grid, mm.
 
     Raises:
-        ValueError: if an attribute has not the numbers that it should have.
+        ValueError: if an attribute has not the numbers that it should have, or slices lie farther beside each other than
+            they are wide.
     """
 
     def __init__(self, slices: Sequence[Dataset]) -> None:
         first, count = slices[0], len(slices)
         axes = numbers_of(first, "ImageOrientationPatient", 6).reshape(2, 3)
         edges = numbers_of(first, "PixelSpacing", 2)[::-1]  # between columns, between rows
+        if edges.min() <= 0:
+            raise ValueError(f"{first.filename}: PixelSpacing is not above 0; copy it or export it again")
         normal = normal_of(first)
         places = np.array([numbers_of(header, "ImagePositionPatient", 3) for header in slices])
         way = places - places[0]
         self._drift = way @ axes.T / edges  # pixels (column, row) by which each slice lies beside the first one
-        is_tilted = np.ptp(self._drift, axis=0).max() > MOST_DRIFT
+        size, extent = np.array([first.Columns, first.Rows]), np.ptp(self._drift, axis=0)
+        is_tilted = extent.max() > MOST_DRIFT
+        self.beside = float(np.linalg.norm(extent * edges)) if is_tilted else 0.0
+        if (extent > size).any():
+            raise ValueError(
+                f"{Path(first.filename).parent}: slices lie {self.beside:.0f} mm beside each other, more than their width; "
+                "export the series again, or give each stack a folder of its own"
+            )
         self._low, self._high = np.zeros((2, 2), int)
         step = np.linalg.norm(way[-1]) / (count - 1) if count > 1 else 1.0
         if is_tilted:
@@ -78,14 +89,13 @@ class Stack:
         lps[:3, :2], lps[:3, 2] = axes.T * edges, normal * step
         lps[:3, 3] = places[0] + lps[:3, :2] @ self._low
         self.affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
-        self.shape = (*(np.array([first.Columns, first.Rows]) + self._high - self._low).tolist(), count)
-        self.tilt = float(np.degrees(np.arctan2(np.linalg.norm(axes @ way[-1]), way[-1] @ normal))) if is_tilted else 0.0
+        self.shape = (*(size + self._high - self._low).tolist(), count)
         off = way - np.outer(np.arange(count) * step, normal)
         self.unevenness = float((abs(off @ normal) if is_tilted else np.linalg.norm(off, axis=1)).max())
 
     def joined(self, voxels: np.ndarray) -> np.ndarray:
         """Voxels (column, row, slice) of the slices on the grid: linear interpolation, around them their lowest level."""
-        if not self.tilt:
+        if not self.beside:
             return voxels
         level = voxels.min()
         room = np.pad(voxels, [*zip(-self._low, self._high, strict=True), (0, 0)], constant_values=level)
@@ -94,7 +104,7 @@ class Stack:
 
     def parted(self, mask: np.ndarray) -> np.ndarray:
         """A mask on the grid, (column, row, slice), on the pixels of the slices: nearest neighbours."""
-        if not self.tilt:
+        if not self.beside:
             return mask
         moved = np.stack([ndimage.shift(mask[..., k], -move, order=0) for k, move in enumerate(self._drift)], axis=-1)
         (left, top), (right, bottom) = -self._low, np.array(mask.shape[:2]) - self._high

@@ -152,9 +152,20 @@ def damaged_position(folder):
         (localizer_of_the_same_series, "localizer lie in different planes; .* a folder of their own"),
         (lambda f: save_series(f, heights=[0, 1, 1, 2, 3]), "lie at the same position; remove copies"),
         (without_geometry, "no ImagePositionPatient; export the series again"),
+        (lambda f: save_series(f, shift=(99, 0, 0)), "slices lie .* mm beside each other, more than their width; export"),
+        (lambda f: save_series(f, PixelSpacing=[0, 1]), "PixelSpacing is not above 0; copy it"),
         (damaged_position, "b: ImagePositionPatient is not 3 numbers; copy it or export it again"),
     ],
-    ids=["two series", "two thicknesses", "localizer", "two slices at one position", "no position", "damaged position"],
+    ids=[
+        "two series",
+        "two thicknesses",
+        "localizer",
+        "two slices at one position",
+        "no position",
+        "far beside",
+        "no spacing",
+        "damaged position",
+    ],
 )
 def test_what_is_not_one_series_is_told_in_one_line_with_the_mend(tmp_path, make, mend):
     with pytest.raises(ValueError, match=mend) as error:
@@ -193,7 +204,7 @@ def test_a_cylinder_is_straight_and_at_its_place_whatever_the_tilt(tmp_path, cap
     middle, _ = save_tilted_cylinder(tmp_path, along)
     with caplog.at_level(logging.INFO):
         image = load(tmp_path)
-    assert "tilted by 28.3 degrees" in caplog.text and "unevenly" not in caplog.text
+    assert "a tilted gantry, slices lie up to 10.8 mm beside each other" in caplog.text and "unevenly" not in caplog.text
     np.testing.assert_allclose(image.affine[:2, :3], (OBLIQUE * (COLUMN_SPACING, ROW_SPACING, STEP))[:2] * -1, atol=1e-5)
     assert image.shape == (1, 64 + 6, 48 + 12, 9) and image.min() == -50  # 8 steps of 0.5 and 1.25 mm
     np.testing.assert_array_equal(image.meta["original_affine"], image.affine)
