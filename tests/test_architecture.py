@@ -97,3 +97,14 @@ def test_the_files_of_every_kind_of_result_have_the_same_names(kind):
 def test_no_module_is_too_long_to_be_read_at_once():
     lines = {module: text.count("\n") for module, text in SOURCES.items()}
     assert not {module: number for module, number in lines.items() if number > MOST_LINES}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale(module):
+    """Text is what is opened without a mode of bytes."""
+    for call in (node for node in ast.walk(ast.parse(SOURCES[module])) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "id", getattr(call.func, "attr", None))
+        is_open = isinstance(call.func, ast.Name) and name == "open"
+        is_bytes = any("b'" in ast.unparse(argument) for argument in call.args[1:2])
+        if name in ("read_text", "write_text") or (is_open and not is_bytes):
+            assert any(keyword.arg == "encoding" for keyword in call.keywords), f"line {call.lineno}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import logging
 import os
@@ -17,9 +18,9 @@ from monai.data import MetaTensor
 from monai.data.utils import is_supported_format
 from monai.utils import ensure_tuple
 
-from scripts.data.layouts import NIFTI, nifti_of, stem_of
-from scripts.data.reading import LoadSequencesd
-from scripts.data.sections import take_section
+from scripts.data.layouts import NIFTI, nifti_of, others_in, shortened, stem_of, visible
+from scripts.data.reading import LoadSequencesd, open_nifti
+from scripts.data.sections import SECTIONS, checked_section, take_section
 
 __all__ = ["LoadCined", "assume_spacing", "find_cines"]
 
@@ -31,7 +32,8 @@ MIN_HEART_MM = 30.0  # no heart is shorter
 
 def _acdc_frames(path: Path) -> tuple[int, int]:
     """Frames of end-diastole and end-systole in an ``Info.cfg`` of ACDC, which counts from 1, counted from 0."""
-    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("latin-1")  # which all bytes are
+    lines = (line.partition(":") for line in text.splitlines())
     numbers = {key.strip(): value.strip() for key, _, value in lines}
     if not all(numbers.get(key, "").isdecimal() and int(numbers[key]) for key in ("ED", "ES")):
         raise ValueError(f"{path}: needs the lines 'ED: <frame>' and 'ES: <frame>', counted from 1")
@@ -48,12 +50,15 @@ def _cine(folder: Path) -> dict | None:
     name, info = folder.name, folder / "Info.cfg"
     case = {"case": name, "patient": name}
     if (whole := nifti_of(folder, f"{name}_4d")) and info.is_file():
-        frames = _acdc_frames(info)
+        try:
+            frames = _acdc_frames(info)
+        except (OSError, ValueError) as error:
+            return {**case, "image": whole, "failure": str(error)}
         labels = (nifti_of(folder, f"{name}_frame{frame + 1:02}_gt") for frame in frames)
         return _with_labels({**case, "image": whole, "frames": frames}, *labels)
     if cropped := nifti_of(folder, f"{name}_ed2es"):
         return _with_labels({**case, "image": cropped}, *(nifti_of(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
-    names = [stem_of(path) for path in folder.iterdir() if path.name.endswith(NIFTI)]
+    names = [stem_of(path) for path in visible(folder) if path.name.endswith(NIFTI)]
     stems = sorted(name.removesuffix("_ed") for name in names if name.endswith("_ed"))
     ends = [nifti_of(folder, f"{stem}_{end}") for stem in stems[:1] for end in ("ed", "es")]
     if len(ends) == 2 and all(ends):
@@ -77,7 +82,7 @@ def _frames_table(path: Path) -> dict[str, tuple[int, int]]:
 
 def _cine_files(folder: Path) -> list[dict]:
     """Cases of the 4-D files that lie directly in a folder, with the frames of its ``frames.csv`` if there is one."""
-    paths = [p for p in sorted(folder.iterdir()) if p.name.endswith(NIFTI) and not stem_of(p).endswith("_gt")]
+    paths = [p for p in visible(folder) if p.name.lower().endswith(NIFTI) and not stem_of(p).endswith("_gt")]
     table = _frames_table(folder / "frames.csv") if (folder / "frames.csv").is_file() else None
     if table is not None and set(table) != (names := {p.name for p in paths}):
         raise ValueError(
@@ -116,7 +121,8 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
 
     Raises:
         FileNotFoundError: if there is no such folder, nothing in it, or nothing in the section.
-        ValueError: naming an ``Info.cfg`` or a ``frames.csv`` without the frames.
+        ValueError: for an unknown section, or naming a ``frames.csv`` without the frames. A patient with an ``Info.cfg``
+            without them is a case with a ``failure`` that says so.
     """
     root = Path(dataset_dir).absolute()  # "." has no name
     if root.is_file():
@@ -125,7 +131,7 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the cines by --dataset_dir")
     if own := _cine(root):
         return [own]
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in visible(root) if path.is_dir()]
     found = {folder: _cine(folder) for folder in folders}
     cases = [case for case in found.values() if case] + _cine_files(root)
     if not cases:
@@ -134,19 +140,15 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
             "<patient>/<patient>_ed2es.nii.gz, <case>/<any>_ed.nii.gz with <case>/<any>_es.nii.gz, or 4-D NIfTI files, "
             "with a frames.csv (file, ed, es) or without"
         )
-    for folder, case in found.items():
-        if not case:
-            logger.warning(f"{folder}: left out, it has none of the layouts of a cine")
+    left = [path for path, case in found.items() if not case] + others_in(visible(root), NIFTI)
+    if left:
+        logger.warning(f"{root}: left out, as they have none of the layouts of a cine: {shortened(p.name for p in left)}")
+    parts = {name: take_section(cases, name, fractions=fractions) for name in SECTIONS}
     held_back = [c for c in cases if str(c["image"]).removesuffix(".gz").endswith("_ed2es.nii") and "label" in c]
-    if not held_back:
-        chosen = take_section(cases, section, fractions=fractions)
-    elif section == "test":
-        chosen = held_back
-    else:
-        others = [case for case in cases if case not in held_back]
-        chosen = cases if section == "all" else take_section(others, section, fractions=(0.0, fractions[1]))
-    if not chosen:
-        raise FileNotFoundError(f"{root}: none of the {len(cases)} cines falls into the {section} section; add patients")
+    if held_back:
+        fractions, others = (0.0, fractions[1]), [case for case in cases if case not in held_back]
+        parts = {name: take_section(others, name, fractions=fractions) for name in SECTIONS} | {"test": held_back}
+    chosen = cases if section == "all" else checked_section(root, section, parts, "cines", fractions)
     return sorted(chosen, key=lambda case: case["case"])
 
 
@@ -277,7 +279,7 @@ class LoadCined(LoadSequencesd):
                 cine.meta["original_affine"] = mended  # no other program could place results on a grid without extent
             cine.affine = torch.as_tensor(mended)
         # MONAI's reader overwrites the time in the header that it keeps
-        header = nib.load(path).header if is_supported_format(path, ("nii", "nii.gz")) else nib.Nifti1Header()
+        header = open_nifti(path).header if is_supported_format(path, ("nii", "nii.gz")) else nib.Nifti1Header()
         unit = {"msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1], 1.0)
         cine.meta["time_step"] = unit * float(header["pixdim"][4]) if header["dim"][0] > 3 else 0.0
         cine.meta["num_frames"] = len(cine)

@@ -83,7 +83,7 @@ def table_rows(path: Path, columns: Sequence[str] = ("case",)) -> list[dict[str,
 
 def _inputs(case: dict) -> list[str | Path]:
     """Paths of the files and folders that a case is read from."""
-    values = [value for key, value in case.items() if key not in ("case", "patient")]
+    values = [value for key, value in case.items() if key not in ("case", "patient", "failure")]
     return [path for value in values for path in ensure_tuple(value) if isinstance(path, (str, Path))]
 
 

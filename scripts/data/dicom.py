@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import itk
 import numpy as np
-from monai.data import MetaTensor
-from monai.utils import optional_import
+from monai.data import ITKReader, MetaTensor
+from monai.utils import SpaceKeys, ensure_tuple, optional_import
 
+from scripts.data.stacks import Stack, normal_of, numbers_of
 from scripts.files import written_aside
 
 if TYPE_CHECKING:
@@ -27,16 +28,22 @@ hd, _ = optional_import("highdicom")
 pydicom, _ = optional_import("pydicom")
 codes, _ = optional_import("pydicom.sr.codedict", name="codes")
 
-__all__ = ["read_series", "series_affine", "write_segmentation"]
+__all__ = ["SeriesReader", "read_series", "write_segmentation"]
 
 logger = logging.getLogger(__name__)
 
 # beside pydicom, every LoadImage of MONAI 1.6 says twice that it has no nvImageCodec, which nobody asked for
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+# of every case it lists what it copies, and it takes slices for irregular that differ by rounding: we have our own measure
+logging.getLogger("highdicom").setLevel(logging.ERROR)
 
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality")
+FRAME_GROUPS = (
+    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameContentSequence"),
+    "PixelValueTransformationSequence",
+)
 # these may be empty in DICOM, and de-identified files often lack them
 MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
@@ -61,21 +68,17 @@ def _need(slices: Sequence[Dataset], names: Sequence[str]) -> None:
             raise ValueError(f"{header.filename}: no {', '.join(missing)}; export the series again with these attributes")
 
 
-def _numbers(header: Dataset, name: str, count: int) -> np.ndarray:
-    """Values of an attribute, which pydicom hands on as text where they are no numbers."""
+def _count_frames(path: Path) -> int:
+    """Number of frames in a DICOM file; 0 for any other."""
+    with open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return 0
     try:
-        values = np.array(header[name].value, dtype=float)
-    except (TypeError, ValueError):
-        values = np.empty(0)
-    if values.shape != (count,) or not np.isfinite(values).all():
-        raise ValueError(f"{header.filename}: {name} is not {count} numbers; copy it or export it again")
-    return values
-
-
-def _normal(header: Dataset) -> np.ndarray:
-    """Direction in which the slices follow each other, LPS, of length 1."""
-    orientation = _numbers(header, "ImageOrientationPatient", 6)
-    return np.cross(orientation[:3], orientation[3:])
+        return int(
+            pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"]).get("NumberOfFrames") or 1
+        )
+    except Exception:  # it is for ITK to say what is wrong
+        return 1
 
 
 def _files(folder: Path) -> list[str]:
@@ -117,68 +120,145 @@ def read_series(folder: str | Path) -> list[Dataset]:
             slices.append(pydicom.dcmread(file, stop_before_pixels=True, force=True))
         except OSError as error:
             raise ValueError(f"{file}: unreadable ({error.strerror or error}); copy it again") from None
-    if len(slices) == 1:
-        return slices
-    _need(slices, GEOMETRY[:2])
+    return _in_order(folder, slices) if len(slices) > 1 else slices
+
+
+def _in_order(source: Path, slices: Sequence[Dataset]) -> list[Dataset]:
+    """Slices in the order of their places along their normal, or ValueError if they are no stack."""
+    _need(slices, GEOMETRY)
     first = slices[0]
     for header in slices[1:]:
-        orientations = [_numbers(one, "ImageOrientationPatient", 6) for one in (header, first)]
+        orientations = [numbers_of(one, "ImageOrientationPatient", 6) for one in (header, first)]
         if not np.allclose(*orientations, rtol=0, atol=1e-3):
             raise ValueError(
-                f"{folder}: {Path(first.filename).name} and {Path(header.filename).name} lie in different planes; "
+                f"{source}: {Path(first.filename).name} and {Path(header.filename).name} lie in different planes; "
                 "give the slices of a localizer, or of each stack, a folder of their own"
             )
-    heights = np.array([_numbers(header, "ImagePositionPatient", 3) for header in slices]) @ _normal(first)
+    heights = np.array([numbers_of(header, "ImagePositionPatient", 3) for header in slices]) @ normal_of(first)
     order = np.argsort(heights, kind="stable")
     for low, high in zip(order[:-1], order[1:], strict=True):
         if heights[high] - heights[low] < 1e-3:
             names = " and ".join(Path(slices[i].filename).name for i in (low, high))
             raise ValueError(
-                f"{folder}: {names} lie at the same position; remove copies, and give each time point, echo or phase a "
+                f"{source}: {names} lie at the same position; remove copies, and give each time point, echo or phase a "
                 "folder of its own"
             )
     return [slices[i] for i in order]
 
 
-def series_affine(slices: Sequence[Dataset]) -> np.ndarray:
-    """The affine that ITK gives a series: evenly spaced slices along their normal, from the first to the last.
-
-    The spacing is the mean distance of neighbouring slices' positions, so of a series with a missing slice, with several
-    spacings or of a tilted gantry, slices in between (or all but the first) lie elsewhere.
-
-    Args:
-        slices: headers, as :func:`read_series` gives them.
-
-    Returns:
-        float64, (4, 4), from array indices (column, row, slice) to RAS, mm; of one slice, the thickness is 1 mm.
-    """
-    first, last = slices[0], slices[-1]
-    orientation = np.array(first.ImageOrientationPatient, dtype=float)
-    start, end = (np.array(header.ImagePositionPatient, dtype=float) for header in (first, last))
-    between_rows, between_columns = map(float, first.PixelSpacing)
-    step = np.linalg.norm(end - start) / (len(slices) - 1) if len(slices) > 1 else 1.0
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = orientation[:3] * between_columns, orientation[3:] * between_rows
-    affine[:3, 2], affine[:3, 3] = _normal(first) * step, start
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-def _check_grid(folder: Path, slices: Sequence[Dataset], mask: MetaTensor) -> None:
-    """Raise ValueError if the mask isn't on the series' grid; warn if the series isn't evenly spaced."""
-    affine, shape = series_affine(slices), (slices[0].Columns, slices[0].Rows, len(slices))
-    corners = np.array(np.meshgrid(*((0, size - 1) for size in shape), [1])).reshape(4, -1)
-    tolerance = 0.1 * min(map(float, slices[0].PixelSpacing))
-    if mask.shape != (1, *shape) or np.abs((mask.affine.cpu().numpy() - affine)[:3] @ corners).max() > tolerance:
+def _frames(header: Dataset) -> list[Dataset]:
+    """The frames of an enhanced object as if each were a file, in the order of their places, ``frame`` their numbers."""
+    try:
+        shared, groups = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence
+        own = [{name: (group if name in group else shared).get(name, [{}])[0] for name in FRAME_GROUPS} for group in groups]
+    except (AttributeError, IndexError):
+        own = []
+    count = int(header.NumberOfFrames)
+    if len(own) != count or header.get("SamplesPerPixel", 1) != 1:
         raise ValueError(
-            f"{folder}: the mask, {tuple(mask.shape)}, isn't on the grid of the series, {(1, *shape)}, or has another "
-            "affine; invert the preprocessing first"
+            f"{header.filename}: {count} frames in one object, in colour or without a place of each; convert it to NIfTI"
         )
-    even = [(affine @ [0, 0, k, 1])[:3] * (-1, -1, 1) for k in range(len(slices))]
-    off = np.linalg.norm(np.array(even) - [header.ImagePositionPatient for header in slices], axis=1).max()
-    if off > tolerance:
+    stacks = {groups_of["FrameContentSequence"].get("StackID") for groups_of in own}
+    if len(stacks) > 1:
+        raise ValueError(
+            f"{header.filename}: {len(stacks)} stacks in one object; convert it to one series a stack, or to NIfTI"
+        )
+    frames = []
+    for number, groups_of in enumerate(own):
+        frame = pydicom.Dataset()
+        for group in groups_of.values():
+            frame.update({element.tag: element for element in group} if group else {})
+        frame.Rows, frame.Columns, frame.frame = header.Rows, header.Columns, number
+        frame.filename = f"{header.filename} frame {number + 1}"
+        frames.append(frame)
+    return _in_order(Path(header.filename), frames)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    image = pydicom.dcmread(path)
+    try:
+        return image.pixel_array
+    except (RuntimeError, NotImplementedError) as error:  # for want of a decoder, pydicom lists what might be installed
+        raise ValueError(
+            f"{path}: its frames are in {image.file_meta.TransferSyntaxUID.name}, for which there is no decoder; install "
+            "python-gdcm, or convert it to NIfTI"
+        ) from error
+
+
+class SeriesReader(ITKReader):
+    """MONAI's ITKReader for the folder of one DICOM series, or a file with several frames (enhanced MR or CT).
+
+    Levels are float32 after the slope and intercept of each slice, whatever those of the first are. The slices of a tilted
+    gantry, which lie beside each other in steps, are moved within their planes onto one grid with orthogonal axes, as large
+    as all of them (linear interpolation, the scan's lowest level around them). Of an enhanced object the frames are put in
+    the order of their places; the pixels are decoded by pydicom, those of a series by ITK.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(pixel_type=itk.F)
+
+    def verify_suffix(self, filename: Sequence[str | Path] | str | Path) -> bool:
+        path = Path(ensure_tuple(filename)[0])
+        return path.is_dir() or _count_frames(path) > 1
+
+    def read(self, data: Sequence[str | Path] | str | Path, **_: object) -> tuple[list[Dataset], Any]:
+        """Headers in the order of the slices, and an image of ITK or the voxels of frames.
+
+        Raises:
+            ValueError: for what :func:`read_series` refuses; frames without places, or in several stacks.
+        """
+        path = Path(ensure_tuple(data)[0])
+        slices = read_series(path) if path.is_dir() else [pydicom.dcmread(path, stop_before_pixels=True)]
+        files = [str(header.filename) for header in slices]
+        if len(slices) == 1 and int(slices[0].get("NumberOfFrames") or 1) > 1:
+            frames = _frames(slices[0])
+            pixels = _pixels(Path(files[0]))
+            levels = [
+                pixels[f.frame] * float(f.get("RescaleSlope", 1)) + float(f.get("RescaleIntercept", 0)) for f in frames
+            ]
+            return frames, np.stack(levels, axis=-1).swapaxes(0, 1).astype(np.float32)
+        kwargs = self.kwargs if slices[0].get("SamplesPerPixel", 1) == 1 else {}
+        return slices, itk.imread(files if len(files) > 1 else files[0], **kwargs)
+
+    def get_data(self, img: tuple[list[Dataset], Any]) -> tuple[np.ndarray, dict]:
+        slices, image = img
+        if isinstance(image, np.ndarray):
+            voxels, meta = image, {"space": SpaceKeys.RAS, "original_channel_dim": float("nan")}
+        else:
+            voxels, meta = super().get_data(image)
+        if len(slices) > 1:
+            stack = Stack(slices)
+            _tell(slices, stack)
+            if stack.beside or "affine" not in meta:
+                voxels = stack.joined(voxels)
+                meta["affine"], meta["original_affine"] = stack.affine, stack.affine.copy()
+                meta["spatial_shape"], meta["spacing"] = np.array(stack.shape), np.linalg.norm(stack.affine[:3, :3], axis=0)
+        return voxels, meta
+
+
+def _tell(slices: Sequence[Dataset], stack: Stack) -> None:
+    """Say that a series was tilted, and warn if slices do not lie where its affine says."""
+    source = Path(slices[0].filename).parent
+    if stack.beside:
+        logger.info(
+            f"{source}: a tilted gantry, slices lie up to {stack.beside:.1f} mm beside each other; they are moved "
+            "to lie straight above each other, and the results lie on that grid"
+        )
+    if stack.unevenness > 0.1 * min(map(float, slices[0].PixelSpacing)):
         logger.warning(
-            f"{folder}: a slice is missing, or the slices are unevenly spaced or tilted: up to {off:.1f} mm off in the "
-            "NIfTI files, which have even slices; in the DICOM segmentation each is at its own place"
+            f"{source}: a slice is missing, or the slices are unevenly spaced: up to {stack.unevenness:.1f} mm off in the "
+            "NIfTI files, which have even slices; in a DICOM segmentation each is at its own place"
+        )
+
+
+def _check_grid(folder: Path, stack: Stack, mask: MetaTensor, tolerance: float) -> None:
+    """Raise ValueError if the mask isn't on the series' grid."""
+    corners = np.array(np.meshgrid(*((0, size - 1) for size in stack.shape), [1])).reshape(4, -1)
+    off = np.abs((mask.affine.cpu().numpy() - stack.affine)[:3] @ corners).max()
+    if mask.shape != (1, *stack.shape) or off > tolerance:
+        raise ValueError(
+            f"{folder}: the mask, {tuple(mask.shape)}, isn't on the grid of the series, {(1, *stack.shape)}, or has another "
+            "affine; invert the preprocessing first"
         )
 
 
@@ -217,8 +297,9 @@ def write_segmentation(
     folder = Path(series_dir)
     slices = read_series(folder)
     _need(slices, GEOMETRY + IDENTITY)
-    _check_grid(folder, slices, mask)
-    pixels = np.ascontiguousarray(mask[0].cpu().numpy().transpose(2, 1, 0))  # frames, rows, columns
+    stack = Stack(slices)
+    _check_grid(folder, stack, mask, tolerance=0.1 * min(map(float, slices[0].PixelSpacing)))
+    pixels = np.ascontiguousarray(stack.parted(mask[0].cpu().numpy()).transpose(2, 1, 0))  # frames, rows, columns
     if pixels.max() > len(label_names):
         raise ValueError(f"{folder}: the mask has the label {pixels.max()}, which none of {list(label_names)} names")
 

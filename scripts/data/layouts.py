@@ -5,56 +5,164 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import itk
 
-from scripts.data.sections import section_by_order, take_section
+from scripts.data.sections import SECTIONS, checked_section, section_by_order, take_section
 
-__all__ = ["add_slice_labels", "find_cases", "folder_pair", "training_cases"]
+__all__ = ["add_slice_labels", "find_cases", "folder_pair", "shortened", "training_cases", "visible"]
 
 logger = logging.getLogger(__name__)
 
 NIFTI = (".nii.gz", ".nii")
+VOLUMES = (*NIFTI, ".hdr", ".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+# other names that data sets have for a sequence: BraTS 2023, BIDS, UPENN-GBM
+OTHER_NAMES = {"t1": ("t1n", "t1w"), "t1ce": ("t1c", "t1gd"), "t2": ("t2w",), "flair": ("t2f",)}
+SEPARATORS = "_-. "
+JUNK = ("thumbs.db", "desktop.ini", "dicomdir", "__macosx")  # of operating systems, and an index
+NOTES = (".csv", ".tsv", ".txt", ".md", ".json", ".xml", ".pdf", ".html", ".cfg", ".bval", ".bvec")
+MASKS = {word: "mask" for word in ("gt", "label", "labels", "lesion", "mask", "roi", "seg", "segmentation")}
+DEPTH = 4  # of folders below a patient's: study, series and two to spare
 
 
 def stem_of(path: Path) -> str:
-    return next((path.name[: -len(ending)] for ending in NIFTI if path.name.endswith(ending)), path.stem)
+    return next((path.name[: -len(ending)] for ending in NIFTI if path.name.lower().endswith(ending)), path.stem)
 
 
 def nifti_of(folder: Path, stem: str) -> str | None:
-    return next((str(folder / (stem + e)) for e in NIFTI if (folder / (stem + e)).is_file()), None)
+    paths = (folder / f"{stem}{ending}" for name in NIFTI for ending in (name, name.upper()))
+    return next((str(path) for path in paths if path.is_file()), None)
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, by name, without hidden files, macOS's ``._*`` beside each file among them, and the like."""
+    return [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in JUNK]
+
+
+def shortened(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def others_in(paths: Sequence[Path], known: Sequence[str]) -> list[Path]:
+    """Files with none of the known endings, which are neither notes nor the voxels of a header beside them."""
+    described = {path.stem for path in paths if path.suffix.lower() in (".hdr", ".mhd", ".nhdr")}
+    others = [path for path in paths if path.is_file() and not path.name.lower().endswith((*known, *NOTES))]
+    return [path for path in others if path.name.split(".")[0] not in described]
+
+
+def _is_volume(path: Path) -> bool:
+    return path.name.lower().endswith(VOLUMES) and path.is_file()
 
 
 def _is_dicom(path: Path) -> bool:
     """Whether a file is DICOM, by its ending or, as scanners like to give none, by its first bytes."""
-    if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
+    if not path.is_file():
         return False
-    if path.suffix.lower() == ".dcm":
+    name = path.name.lower()
+    if name.endswith(".dcm"):
         return True
-    if path.name.endswith((*NIFTI, *PICTURES)) or not os.access(path, os.R_OK):
+    if name.endswith((*VOLUMES, *PICTURES)) or not os.access(path, os.R_OK):
         return False
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 
-def _patient(folder: Path, sequences: Sequence[str], label: str) -> dict | None:
-    """Case of a folder ``<patient>/<patient>_<sequence>.nii.gz`` or of a folder with one DICOM series, if it is one."""
-    images = [nifti_of(folder, f"{folder.name}_{sequence}") for sequence in sequences]
-    if any(images):
-        case = {"case": folder.name, "image": images}
-        mask = nifti_of(folder, f"{folder.name}_{label}")
-        return {**case, "label": mask} if mask else case
-    if any(_is_dicom(path) for path in folder.iterdir()):
-        return {"case": folder.name, "image": str(folder)}
+def _words(sequences: Sequence[str], label: str) -> dict[str, str]:
+    """Sequence or label that the end of a file's name stands for, in small letters.
+
+    Several sequences are told from each other by any known name; one that is alone only by its own.
+    """
+    known = {**OTHER_NAMES, **{name: OTHER_NAMES.get(name, ()) for name in sequences}} if len(sequences) > 1 else {}
+    words = {other.lower(): name for name, others in known.items() for other in (name, *others)}
+    return {**words, **{name.lower(): name for name in (*sequences, label)}}
+
+
+def _split(stem: str, words: Mapping[str, str]) -> tuple[str, str] | None:
+    """Patient and sequence (or label) that a file's name says; the patient is empty if it names the sequence alone."""
+    name = stem.lower()
+    for word in sorted(words, key=len, reverse=True):
+        if name == word:
+            return "", words[word]
+        if name.endswith(word) and name[-len(word) - 1] in SEPARATORS:
+            return stem[: -len(word) - 1], words[word]
     return None
+
+
+def _volumes(folder: Path, sequences: Sequence[str], label: str, flat: bool) -> tuple[list[dict], list[Path]]:
+    """Cases of the volumes that lie directly in a folder, named by their files, and the volumes that belong to none.
+
+    Files that differ in the sequence alone are one patient. Every other volume is a case of its own, unless it has a
+    patient's name before its own, lies in the folder of one whose sequences are there, or is another one's mask by its name.
+
+    Args:
+        folder: the folder.
+        sequences: see :func:`find_cases`.
+        label: see :func:`find_cases`.
+        flat: the folder holds any number of patients, and is no patient's own.
+    """
+    words = _words(sequences, label) if len(sequences) > 1 or not flat else {label.lower(): label}
+    patients: dict[str, dict[str, list[Path]]] = {}
+    masks: dict[str, Path] = {}
+    loose = []
+    for path in filter(_is_volume, visible(folder)):
+        patient, word = _split(stem_of(path), words) or (None, None)
+        if patient is None:
+            loose.append(path)
+        elif word == label:
+            masks[patient] = path
+        else:
+            patients.setdefault(patient, {}).setdefault(word, []).append(path)
+    known = {name: files for name, files in patients.items() if any(sequence in files for sequence in sequences)}
+    unused = [path for name in patients.keys() - known.keys() for files in patients[name].values() for path in files]
+    cases = []
+    for name, files in sorted(known.items()):
+        case = {"case": name or folder.name, "image": [str(files[s][0]) if s in files else None for s in sequences]}
+        if twice := [names for s, names in files.items() if s in sequences and len(names) > 1]:
+            case["failure"] = f"{' and '.join(map(str, twice[0]))}: two files of one sequence; remove one of them"
+        cases.append(_with_mask(case, masks.get(name)))
+    owners = {*known, *map(stem_of, loose)}
+    unused += [mask for name, mask in masks.items() if name not in owners]
+    for path in loose:
+        of_patient = any(stem_of(path).startswith(tuple(name + mark for mark in SEPARATORS)) for name in known)
+        is_mask = (_split(stem_of(path), MASKS) or (None,))[0] in owners
+        if is_mask or (known and not flat) or of_patient:
+            unused.append(path)
+        else:
+            cases.append(_with_mask({"case": stem_of(path), "image": str(path)}, masks.get(stem_of(path))))
+    return sorted(cases, key=lambda case: case["case"]), unused
+
+
+def _with_mask(case: dict, mask: Path | None) -> dict:
+    return {**case, "label": str(mask)} if mask else case
+
+
+def _folder_cases(folder: Path, sequences: Sequence[str], label: str, unused: list[Path], depth: int = DEPTH) -> list[dict]:
+    """Cases of a folder, or of the folders below if it has none itself, named by their path from this folder on."""
+    if (folder / f"{folder.name}_files.csv").is_file():  # results, which may lie beside the scans
+        return []
+    cases, left = _volumes(folder, sequences, label, flat=False)
+    unused += left
+    if not cases and any(map(_is_dicom, visible(folder))):
+        cases = [{"case": folder.name, "image": str(folder)}]
+    if len(cases) == 1:
+        return [{**cases[0], "case": folder.name}]
+    if not cases and depth:
+        below = [_folder_cases(p, sequences, label, unused, depth - 1) for p in visible(folder) if p.is_dir()]
+        cases = [case for found in below for case in found]
+        if len(cases) == 1:
+            return [{**cases[0], "case": folder.name}]
+    return [{**case, "case": f"{folder.name}_{case['case']}"} for case in cases]
 
 
 def _pictures(folder: Path, label: str) -> list[dict]:
     """Cases of the pictures that lie directly in a folder; ``<stem>_<label>`` with any picture's ending is a mask."""
-    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file()]
+    paths = [p for p in visible(folder) if p.suffix.lower() in PICTURES and p.is_file()]
     masks = {stem_of(p): str(p) for p in paths if stem_of(p).endswith(f"_{label}")}
     cases = [{"case": stem_of(p), "image": str(p)} for p in paths if stem_of(p) not in masks]
     return [{**c, "label": masks[f"{c['case']}_{label}"]} if f"{c['case']}_{label}" in masks else c for c in cases]
@@ -85,8 +193,11 @@ def find_cases(
 
     Args:
         dataset_dir: a folder of patients in the layout of BraTS (``<patient>/<patient>_<sequence>.nii.gz``, mask
-            ``<patient>_<label>.nii.gz``), of DICOM series (a folder each, files of any name) or of NIfTI files (one a
-            case, mask ``<case>_<label>.nii.gz``); one such patient's folder, or one file.
+            ``<patient>_<label>.nii.gz``), of the same files without folders, of DICOM series (a folder each, files of any
+            name) or of volumes (one a case, mask ``<case>_<label>.nii.gz``); one such patient's folder, or one file. Of
+            several sequences other names are known (:data:`OTHER_NAMES`), and ``-``, ``.`` and a space before them. A
+            patient's folder may have any name, and scans lie up to four folders deeper (study, series): a case is named
+            after the patient's folder, and where that holds several, by the whole path, joined by ``_``.
         sequences: file suffixes of the sequences, in the order of the network's channels.
         label: file suffix of the masks.
         section: ``training``, ``validation`` or ``test``, or ``all``.
@@ -95,8 +206,8 @@ def find_cases(
             folder has one for each class.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or nothing in it; with ``pictures``, also if the section is empty.
-        ValueError: for an unknown section of pictures.
+        FileNotFoundError: if there is no such folder, nothing in it, or nothing in the section.
+        ValueError: for an unknown section.
     """
     root = Path(dataset_dir).absolute()  # "." has no name
     if class_folder and (root / class_folder).is_dir():
@@ -105,39 +216,63 @@ def find_cases(
         return [{"case": stem_of(root), "image": str(root)}]
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the scans by --dataset_dir")
-    own = _patient(root, sequences, label)
-    if own and not (pictures and own["image"] == str(root) and _has_several_series(root)):
-        return [own]
-    volumes, others = [], []
-    for path in sorted(root.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            case = _patient(path, sequences, label)
-            (volumes if case else others).append(case or path)
-        elif path.name.endswith(NIFTI) and not stem_of(path).endswith(f"_{label}"):
-            mask = nifti_of(root, f"{stem_of(path)}_{label}")
-            volumes.append({"case": stem_of(path), "image": str(path), **({"label": mask} if mask else {})})
+    own, unused = _volumes(root, sequences, label, flat=False)
+    if len(own) == 1 and own[0]["case"] == root.name and isinstance(own[0]["image"], list):
+        _tell_left_out(root, own, sequences, unused, [])
+        return own  # a patient's folder
+    volumes, unused = _volumes(root, sequences, label, flat=True)
+    paths = visible(root)
+    if not volumes and any(map(_is_dicom, paths)) and not (pictures and _has_several_series(root)):
+        return [{"case": root.name, "image": str(root)}]
+    empty = []
+    for path in filter(Path.is_dir, paths):
+        found = _folder_cases(path, sequences, label, unused)
+        volumes += found if len(found) == 1 else [{**case, "patient": path.name} for case in found]
+        if not found:
+            empty.append(path)
     flat = _pictures(root, label) if pictures else []
     if pictures and not volumes and not flat:
-        inner = [found for found in (_pictures(folder, label) for folder in others) if found]
-        flat, others = (inner[0], []) if len(inner) == 1 else ([], others)
-    for path in others:
-        logger.warning(f"{path}: left out, it has neither {path.name}_{sequences[0]}.nii.gz nor DICOM files")
+        inner = [found for found in (_pictures(folder, label) for folder in empty) if found]
+        flat, empty = (inner[0], []) if len(inner) == 1 else ([], empty)
     if not volumes and not flat:
         raise FileNotFoundError(
-            f"{root}: no scan found; expected <patient>/<patient>_{sequences[0]}.nii.gz, one NIfTI file a case, "
-            "or one folder a DICOM series"
+            f"{root}: {_contents(paths)}, no scan found; expected <patient>/<patient>_{sequences[0]}.nii.gz, one NIfTI "
+            "file a case, or one folder a DICOM series"
             + (", or pictures (PNG, JPEG, TIFF, BMP, DICOM) in it or in its only sub-folder with any" if pictures else "")
         )
-    if not pictures:
-        return take_section(volumes, section)
-    chosen = take_section(volumes, section) + section_by_order(flat, section)
-    if not chosen:
-        raise FileNotFoundError(
-            f"{root}: none of the {len(volumes) + len(flat)} cases falls into the {section} section; add scans"
+    unused += others_in(paths, (*VOLUMES, *(PICTURES if pictures else ())))
+    _tell_left_out(root, volumes + flat, sequences, unused, empty)
+    cases = sorted(volumes + flat, key=lambda case: case["case"])
+    if section == "all":
+        return cases
+    parts = {name: take_section(volumes, name) + section_by_order(flat, name) for name in SECTIONS}
+    return sorted(checked_section(root, section, parts, by_order=not volumes), key=lambda case: case["case"])
+
+
+def _contents(paths: Sequence[Path]) -> str:
+    """What lies in a folder, in a few words."""
+    folders = [path.name for path in paths if path.is_dir()]
+    endings = Counter(path.suffix or path.name for path in paths if path.is_file())
+    found = [f"folders ({shortened(folders, 3)})"] if folders else []
+    found += [f"files ({shortened((f'{count} {ending}' for ending, count in endings.most_common()), 3)})"] if endings else []
+    return f"it has {' and '.join(found)}" if found else "it is empty"
+
+
+def _tell_left_out(
+    root: Path, cases: Sequence[dict], sequences: Sequence[str], unused: Sequence[Path], empty: Sequence[Path]
+) -> None:
+    """Say in a line each which files and folders are passed over, and which patients have several series."""
+    if unused:
+        names = shortened(str(path.relative_to(root)) for path in sorted(unused))
+        logger.warning(f"{root}: passed over, as no scans that are asked for: {names}")
+    if empty:
+        logger.warning(f"{root}: left out, as no scans were found in them: {shortened(path.name for path in empty)}")
+    series = Counter(case["patient"] for case in cases if "patient" in case and Path(str(case["image"])).is_dir())
+    if series and len(sequences) > 1:
+        logger.warning(
+            f"{root}: several DICOM series of one patient are each taken as a scan of its own ({shortened(series)}); keep "
+            "only those of a sequence that the bundle takes alone"
         )
-    return sorted(chosen, key=lambda case: case["case"])
 
 
 def folder_pair(dataset_dir: str | Path) -> list[dict]:
@@ -148,8 +283,8 @@ def folder_pair(dataset_dir: str | Path) -> list[dict]:
     return [
         {"case": f"{name}/{stem_of(path)}", "patient": stem_of(path).split("_")[0], "image": str(path), "class_label": label}
         for label, name in enumerate(("healthy", "diseased"))
-        for path in sorted((Path(dataset_dir) / name).iterdir())
-        if path.name.lower().endswith((*PICTURES, *NIFTI)) and not path.name.startswith(".")
+        for path in visible(Path(dataset_dir) / name)
+        if path.name.lower().endswith((*PICTURES, *VOLUMES))
     ]
 
 
@@ -184,7 +319,7 @@ def training_cases(
     """Cases to train on: a folder pair of 2-D images, volumes with masks, or volumes with a CSV of slice labels.
 
     Raises:
-        FileNotFoundError: if no case of the folder has a label.
+        FileNotFoundError: if no case of the folder has a label, or none is in the section.
     """
     if (Path(dataset_dir) / "healthy").is_dir() and (Path(dataset_dir) / "diseased").is_dir():
         cases = folder_pair(dataset_dir)
@@ -196,9 +331,8 @@ def training_cases(
             f"{dataset_dir}: no labelled case; training needs masks (<patient>_seg.nii.gz), "
             "--slice_labels <a CSV file>, or the folders healthy/ and diseased/"
         )
-    chosen = take_section(cases, section, **split)
-    if not chosen:
-        raise FileNotFoundError(
-            f"{dataset_dir}: none of the {len(cases)} labelled cases falls into the {section} section; add patients"
-        )
-    return chosen
+    if section == "all":
+        return cases
+    return checked_section(
+        dataset_dir, section, {name: take_section(cases, name, **split) for name in SECTIONS}, "labelled cases", **split
+    )

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import itk
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor, PILReader
-from monai.data.utils import is_supported_format, to_affine_nd
+from monai.data import MetaTensor, NibabelReader, PILReader
+from monai.data.utils import correct_nifti_header_if_necessary, is_supported_format, to_affine_nd
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import convert_to_numpy, ensure_tuple
+from PIL import ExifTags, ImageOps
 from PIL.Image import Image
 
-from scripts.data.dicom import read_series
+from scripts.data.dicom import SeriesReader
 from scripts.transforms import with_meta
 
-__all__ = ["LoadSequencesd", "PICTURE_AFFINE"]
+__all__ = ["LoadSequencesd", "PICTURE_AFFINE", "open_nifti"]
 
 # MONAI's arrays of pictures are (x, y) with y downwards; without a word it takes them to be RAS
 PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
 MAX_DEFLATE = 1032  # bytes that gzip can make of one
 MAX_VOXELS = 2**29  # of all sequences: 2 GB as float32
 MAX_LEVEL = 1e30  # of a voxel, in its own unit: near the end of float32 results would be infinite
@@ -32,12 +36,17 @@ MIN_EDGE, MAX_LENGTH = 1e-3, 3000.0  # mm, of a voxel and of a scan
 
 
 def _to_grey(picture: Image) -> Image:
-    """A picture with one channel: 16 and 32 bit stay as they are, everything else becomes 0..255."""
+    """A picture as it is seen, with one channel: 16 and 32 bit stay as they are, everything else becomes 0..255."""
     if getattr(picture, "n_frames", 1) > 1 and picture.format == "TIFF":
         raise ValueError("several pages, of which only the first would be read")
-    if picture.mode.startswith(("I", "F")):
-        return picture
-    grey = picture.convert("L")
+    if (
+        picture.format == "TIFF"
+        and picture.tag_v2.get(ExifTags.Base.Orientation, 1) > 4
+        and picture.info["compression"] == "raw"
+    ):
+        raise ValueError("not compressed and noted to be turned, which Pillow scrambles")
+    upright = ImageOps.exif_transpose(picture)  # cameras and phones only note how they were held
+    grey = upright if upright.mode.startswith(("I", "F")) else upright.convert("L")
     grey.format = picture.format  # conversion sets it to None, which no batch of meta data can hold
     return grey
 
@@ -51,22 +60,74 @@ class _PictureReader(PILReader):
         return is_supported_format(filename, self.suffixes)
 
 
-def _check_nifti(path: str | os.PathLike) -> nib.spatialimages.SpatialImage:
-    """Refuse a file whose header promises more than the file can hold or memory can, or return it, unread.
+class _NiftiReader(NibabelReader):
+    """MONAI's reader of NIfTI, also of pairs of two files, and whether or not a file is compressed as its ending says."""
 
-    MONAI takes the memory before it reads, and puts another affine in the place of one that is none.
+    def verify_suffix(self, filename: Sequence[str | os.PathLike] | str | os.PathLike) -> bool:
+        return all(str(name).lower().endswith((".nii", ".nii.gz", ".hdr", ".img")) for name in ensure_tuple(filename))
+
+    def read(
+        self, data: Sequence[str | os.PathLike] | str | os.PathLike, **kwargs: object
+    ) -> nib.spatialimages.SpatialImage:
+        (path,) = self.filenames = ensure_tuple(data)
+        return correct_nifti_header_if_necessary(open_nifti(path))
+
+
+def _is_packed(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_nifti(path: str | os.PathLike) -> nib.spatialimages.SpatialImage:
+    """The scan of a NIfTI file or pair, its voxels unread.
+
+    Raises:
+        ValueError: with the mend, for a pair in the format of Analyze.
     """
-    scan = nib.load(path)
-    count = math.prod(scan.shape)
-    most = os.stat(path).st_size * (MAX_DEFLATE if str(path).endswith(".gz") else 1)
-    if count * scan.get_data_dtype().itemsize > most:
+    path, packed = Path(path).expanduser(), _is_packed(Path(path).expanduser())
+    if packed == path.name.lower().endswith(".gz"):
+        scan = nib.load(path)
+        if not isinstance(scan, nib.Nifti1Pair):  # which NIfTI-2 and single files are, too
+            raise ValueError(f"{path}: Analyze, which does not say which side is left; convert it to NIfTI from its source.")
+        return scan
+    stream = gzip.open(path) if packed else open(path, "rb")
+    kind = nib.Nifti2Image if int.from_bytes(stream.read(4), "little") in (540, 0x1C020000) else nib.Nifti1Image
+    stream.seek(0)
+    return kind.from_file_map({"image": nib.FileHolder(fileobj=stream)})
+
+
+def _check_header(path: str | os.PathLike, shape: Sequence[int], item_size: int, most: float) -> None:
+    """Refuse a file whose header promises more than the file or memory can hold; MONAI takes memory before it reads."""
+    count = math.prod(shape)
+    if count * item_size > most:
         raise ValueError(
-            f"{path}: unreadable, cut short or damaged: its header promises {' x '.join(map(str, scan.shape))} voxels; "
+            f"{path}: unreadable, cut short or damaged: its header promises {' x '.join(map(str, shape))} voxels; "
             "copy it again."
         )
     if count > MAX_VOXELS:
         raise ValueError(f"{path}: {count} voxels, more than {MAX_VOXELS}; cut the scan or resample it.")
+
+
+def _check_nifti(path: str | os.PathLike) -> nib.spatialimages.SpatialImage:
+    """Check the header of a NIfTI file, and return its scan, unread, for its affine: MONAI replaces one that is none."""
+    scan = open_nifti(path)
+    voxels = scan.file_map["image"].filename or path
+    most = os.stat(voxels).st_size * (MAX_DEFLATE if _is_packed(voxels) else 1)
+    _check_header(path, scan.shape, scan.get_data_dtype().itemsize, most)
     return scan
+
+
+def _check_volume(path: str | os.PathLike) -> None:
+    """Check the header of a MetaImage or NRRD file."""
+    io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    if io is None:
+        raise ValueError("no reader")
+    io.SetFileName(str(path))
+    io.ReadImageInformation()
+    shape = [io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())]
+    alone = str(path).lower().endswith((".mha", ".nrrd"))  # the others name a file with the voxels
+    most = os.stat(path).st_size * MAX_DEFLATE if alone else math.inf
+    _check_header(path, shape, io.GetComponentSize() * io.GetNumberOfComponents(), most)
 
 
 def _check_geometry(path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
@@ -90,10 +151,10 @@ def _check_geometry(path: str | os.PathLike, affine: np.ndarray, shape: Sequence
 class LoadSequencesd(MapTransform):
     """Read the sequences of a scan into one image (len(sequences), H, W, D), float32, on the scan's own grid.
 
-    ``data[key]`` is one path or a list of paths in the order of ``sequences``. One path is a 3-D NIfTI file, a 4-D one
-    with the sequences along its last axis, a folder with one DICOM series (read through ITK) or, if ``min_ndim`` is 2,
-    a picture, which becomes (C, H, W). Colours become grey; the 8 bits of a picture stay 0 to 255. In a list, ``None``
-    stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path.
+    ``data[key]`` is one path or a list of paths in the order of ``sequences``. One path is a 3-D file (NIfTI, MetaImage,
+    NRRD), a 4-D one with the sequences along its last axis, a folder with one DICOM series (read through ITK) or, if
+    ``min_ndim`` is 2, a picture, which becomes (C, H, W). Colours become grey; the 8 bits of a picture stay 0 to 255. In a
+    list, ``None`` stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path.
 
     PNG, JPEG, TIFF and BMP have no geometry. Such a picture is taken to be in radiological view, the patient's left on
     the right, front up, with pixels of 1 mm: its affine is diag(-1, -1, 1, 1), its orientation LPS.
@@ -134,6 +195,9 @@ class LoadSequencesd(MapTransform):
         self.wanted = f"{len(self.sequences)} ({', '.join(self.sequences)})"
         self.loader = LoadImage(image_only=True, ensure_channel_first=True)
         self.picture_reader = _PictureReader(converter=_to_grey)
+        self.nifti_reader = _NiftiReader()
+        self.loader.register(SeriesReader())
+        self.loader.register(self.nifti_reader)
         self.loader.register(self.picture_reader)
         if stand_in is not None and stand_in not in self.sequences:
             raise ValueError(f"stand_in must be one of {', '.join(self.sequences)}, got {stand_in}.")
@@ -188,23 +252,23 @@ class LoadSequencesd(MapTransform):
             Path(path).expanduser().stat()  # tells a missing file from one behind a closed folder
             if not os.access(Path(path).expanduser(), os.R_OK):
                 raise PermissionError
-            if str(path).endswith((".nii", ".nii.gz")):
+            if self.nifti_reader.verify_suffix(path):
                 scan = _check_nifti(path)
                 self._check_geometry(path, scan.affine, scan.shape)
+            elif str(path).lower().endswith(ITK_ENDINGS):
+                _check_volume(path)
             image = self.loader(path)
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, or a folder without DICOM images; check the path.") from error
         except PermissionError as error:
             raise ValueError(f"{path}: no permission to read it; change its mode (chmod u+r) or its owner.") from error
         except Exception as error:  # each of the readers has its own ways to fail
-            if str(error).startswith(f"{path}: "):
+            if isinstance(error, ValueError) and str(error).startswith(str(path)):
                 raise
             raise ValueError(
                 f"{path}: unreadable ({type(error).__name__}), cut short or not an image; copy it again, or convert it "
                 "to NIfTI."
             ) from error
-        if Path(path).expanduser().is_dir():
-            read_series(path)  # refuses what ITK reads without a word, though it isn't one series
         voxels = image.as_tensor()
         if not self.min_ndim <= voxels.ndim - 1 <= 3:
             wanted = "3-D" if self.min_ndim == 3 else "2-D or 3-D"

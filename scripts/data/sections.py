@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-__all__ = ["section_by_order", "section_of", "take_section"]
+__all__ = ["SECTIONS", "checked_section", "section_by_order", "section_of", "take_section"]
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = ("training", "validation", "test")
+FRACTIONS = (0.15, 0.1)  # of test and validation
 
 
-def section_of(patient: str, fractions: Sequence[float] = (0.15, 0.1), seed: int = 0) -> str:
+def section_of(patient: str, fractions: Sequence[float] = FRACTIONS, seed: int = 0) -> str:
     """Section of a patient, ``test``, ``validation`` or ``training``, by a hash of its name.
 
     The SHA-256 of ``<seed>:<patient>`` gives a number in [0, 1): below ``fractions[0]`` is test, the next
@@ -49,6 +57,49 @@ def take_section(cases: list[dict], section: str = "all", **split: object) -> li
     Raises:
         ValueError: for an unknown section.
     """
-    if section not in ("training", "validation", "test", "all"):
-        raise ValueError(f"section must be one of training, validation, test, all, got {section}")
+    if section not in (*SECTIONS, "all"):
+        raise ValueError(f"section must be one of {', '.join(SECTIONS)}, all, got {section}")
     return [c for c in cases if section == "all" or section_of(c.get("patient", c["case"]), **split) == section]
+
+
+def checked_section(
+    root: str | Path,
+    section: str,
+    parts: Mapping[str, list[dict]],
+    what: str = "cases",
+    fractions: Sequence[float] = FRACTIONS,
+    by_order: bool = False,
+    **_: object,
+) -> list[dict]:
+    """Cases of one of the sections, after a line that says how many patients there are in each.
+
+    Args:
+        root: folder of the cases.
+        section: name of the section that is wanted.
+        parts: cases by section.
+        what: what the cases are called.
+        fractions: shares of test and validation that the split was made with.
+        by_order: whether it was made by :func:`section_by_order`.
+
+    Raises:
+        ValueError: for an unknown section.
+        FileNotFoundError: if nothing is in the section, with what is in each, and how many patients it takes.
+    """
+    if section not in parts:
+        raise ValueError(f"section must be one of {', '.join(parts)}, all, got {section}")
+    counts = ", ".join(f"{name} {len({c.get('patient', c['case']) for c in part})}" for name, part in parts.items())
+    if parts[section]:
+        logger.info(f"{root}: {section} section, {len(parts[section])} {what}; patients in each: {counts}")
+        return parts[section]
+    test, validation = fractions
+    share = {"training": 1 - test - validation, "validation": validation, "test": test}[section]
+    if by_order:
+        how = "the split is by the order of the names, and 18 pictures or more leave no section empty"
+    else:
+        how = f"the split is by a hash of the patient's name, by which {share:.0%} fall there"
+        if 0 < share < 1:
+            how += f": {math.ceil(math.log(0.05) / math.log(1 - share))} patients are enough in 19 of 20 cohorts"
+    raise FileNotFoundError(
+        f"{root}: none of the {sum(map(len, parts.values()))} {what} falls into the {section} section (patients in each: "
+        f"{counts}); {how}; add patients, or take another section"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from scripts.data.cohort import root_cause
 from scripts.transforms import has_foreground
 
 __all__ = ["BalancedBatchSampler", "ExtractSlicesd", "ShuffledBatchSampler", "SliceDataset"]
+
+logger = logging.getLogger(__name__)
 
 
 class ExtractSlicesd(MapTransform, MultiSampleTrait):
@@ -153,6 +156,8 @@ class SliceDataset(Dataset):
             # MONAI Label's cases are {"image", "label"} without a name
             name = case.get("case") or Path(next(filter(None, ensure_tuple(case["image"])))).name
             try:
+                if "failure" in case:
+                    raise ValueError(case["failure"])
                 slices = transform({**case, "case": name})
             except Exception as error:
                 failures.append(f"{name}: {root_cause(error)}")
@@ -170,6 +175,8 @@ class SliceDataset(Dataset):
                 f"training needs {wanted} slices{' alone' if len(classes) == 1 else ''}, "
                 f"found the classes {found} in {len(data)} cases"
             )
+        counts = ", ".join(f"{(self.class_labels == label).sum()} of class {label}" for label in found)
+        logger.info(f"{len(data)} cases with {len(self.slices)} slices: {counts}")
 
     def __len__(self) -> int:
         return len(self.slices)

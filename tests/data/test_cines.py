@@ -10,6 +10,7 @@ from conftest import make_cine, save_nifti
 from made_inputs import SECTIONS, table, touch
 
 from scripts.data.cines import LoadCined, assume_spacing, find_cines
+from scripts.data.cohort import CohortDataset
 from scripts.data.sections import section_of
 from scripts.transforms import Spacingd
 
@@ -31,11 +32,37 @@ def test_acdc_names_the_frames_in_its_info_file_and_counts_them_from_1(tmp_path)
     assert find_cines(tmp_path / "p1") == [case]
 
 
-def test_an_info_file_without_the_frames_is_told_with_its_name(tmp_path):
-    touch(tmp_path / "p1", "p1_4d.nii.gz")
-    (tmp_path / "p1" / "Info.cfg").write_text("ED: 0\nES: 12\n")
-    with pytest.raises(ValueError, match=r"Info\.cfg: needs the lines"):
-        find_cines(tmp_path)
+@pytest.mark.parametrize(("encoding", "letters"), [("utf-8-sig", "é"), ("latin-1", "é"), ("utf-8", "é")])
+def test_an_info_file_is_read_in_any_encoding(tmp_path, encoding, letters):
+    touch(tmp_path / "p1", "p1_4d.nii.gz", "._p1_4d.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text(f"ED: 2\nES: 12\nGroup: {letters}\n", encoding=encoding)
+    assert [case["frames"] for case in find_cines(tmp_path)] == [(1, 11)]
+
+
+@pytest.mark.parametrize("text", ["ED: 0\nES: 12\n", "ES: 12\n", ""])
+def test_an_info_file_without_the_frames_fails_its_patient_alone(tmp_path, text):
+    touch(tmp_path, "p1/p1_4d.nii.gz", "p2/p2_4d.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text(text)
+    (tmp_path / "p2" / "Info.cfg").write_text("ED: 1\nES: 2\n")
+    bad, good = find_cines(tmp_path)
+    assert bad["failure"].startswith(f"{tmp_path / 'p1' / 'Info.cfg'}: needs the lines") and "failure" not in good
+    (item,) = CohortDataset([bad], lambda data: data)
+    assert item is bad
+
+
+def test_what_macos_and_windows_leave_in_a_folder_is_no_cine(tmp_path):
+    touch(tmp_path, "p1/a_ed.nii.gz", "p1/a_es.nii.gz", "p1/._a_ed.nii.gz", "p1/._a_es.nii.gz", ".DS_Store", "Thumbs.db")
+    touch(tmp_path, "._whole.nii.gz", "whole.nii.gz", "__MACOSX/p1/._a_ed.nii.gz")
+    cases = find_cines(tmp_path)
+    assert [case["case"] for case in cases] == ["p1", "whole"]
+    assert cases[0]["image"] == [str(tmp_path / f"p1/a_{end}.nii.gz") for end in ("ed", "es")]
+
+
+def test_an_ending_in_capitals_is_known_and_what_is_passed_over_is_told_in_a_line(tmp_path, caplog):
+    touch(tmp_path, "p1/p1_ed2es.NII.GZ", "b.NII", "c.mha", "notes.txt", "p2/readme.txt")
+    assert [case["case"] for case in find_cines(tmp_path)] == ["b", "p1"]
+    (record,) = caplog.records
+    assert record.message == f"{tmp_path}: left out, as they have none of the layouts of a cine: p2, c.mha"
 
 
 def test_cropped_acdc_goes_from_the_first_frame_to_the_last(tmp_path):

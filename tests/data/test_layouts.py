@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import itk
@@ -9,6 +10,11 @@ from made_inputs import SECTIONS, SEQUENCES, table, touch
 
 from scripts.data.layouts import add_slice_labels, find_cases, folder_pair, training_cases
 from scripts.data.sections import section_of
+
+
+def names_of(cases):
+    return [case["case"] for case in cases]
+
 
 # --- find_cases
 
@@ -64,6 +70,7 @@ def test_the_current_folder_can_be_a_patients_folder(tmp_path, monkeypatch):
 
 def test_hidden_files_and_folders_are_ignored(tmp_path):
     touch(tmp_path, "a.nii.gz", "._a.nii.gz", ".DS_Store", ".b/.b_t1.nii.gz", ".c/1.dcm", "d/._1.dcm")
+    touch(tmp_path, "Thumbs.db", "desktop.ini", "__MACOSX/a.nii.gz", "a/._a_t1.nii.gz")
     assert [case["case"] for case in find_cases(tmp_path, SEQUENCES)] == ["a"]
 
 
@@ -72,11 +79,22 @@ def test_a_missing_folder_is_told_with_its_name_and_the_mend(tmp_path):
         find_cases(tmp_path / "scans", SEQUENCES)
 
 
-@pytest.mark.parametrize("names", [(), ("a/b_t1.nii.gz", "notes.txt")], ids=["empty", "nothing known"])
-def test_a_folder_without_scans_is_told_with_its_name_and_what_is_expected(tmp_path, names):
-    with pytest.raises(FileNotFoundError, match="no scan found; expected <patient>/<patient>_t1.nii.gz") as error:
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ((), "it is empty"),
+        (
+            (*(f"p{i}/x/notes.txt" for i in range(40)), "a.txt", "b.txt", "c.docx"),
+            r"it has folders \(p0, p1, p10 and 37 more\) and files \(2 .txt, 1 .docx\)",
+        ),
+    ],
+    ids=["empty", "nothing known"],
+)
+def test_a_folder_without_scans_is_told_with_what_is_in_it_and_what_is_expected(tmp_path, names, found):
+    with pytest.raises(FileNotFoundError, match=f"{found}, no scan found; expected <patient>/<patient>_t1.nii.gz") as error:
         find_cases(touch(tmp_path, *names), SEQUENCES)
-    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path)) and "\n" not in message and len(message.removeprefix(str(tmp_path))) < 300
 
 
 def test_a_section_gives_its_cases_alone(tmp_path):
@@ -86,11 +104,100 @@ def test_a_section_gives_its_cases_alone(tmp_path):
     assert sorted(c["case"] for part in parts for c in part) == [c["case"] for c in find_cases(tmp_path, SEQUENCES)]
 
 
+def image_of(folder, **names):
+    return [str(folder / names[s]) if s in names else None for s in ("t1", "flair", "t1ce")]
+
+
+BRATS = ("t1", "flair", "t1ce")
+
+
+def test_files_of_several_patients_in_one_folder_are_one_patient_each_with_all_sequences(tmp_path):
+    touch(tmp_path, *(f"p{i}_{s}.nii.gz" for i in (1, 2) for s in (*BRATS, "t2", "seg")), "p3_flair.nii", "p10_scan.nii")
+
+    def whole(name):
+        image = [str(tmp_path / f"{name}_{s}.nii.gz") for s in BRATS]
+        return {"case": name, "image": image, "label": str(tmp_path / f"{name}_seg.nii.gz")}
+
+    assert find_cases(tmp_path, BRATS) == [
+        whole("p1"),
+        {"case": "p10_scan", "image": str(tmp_path / "p10_scan.nii")},
+        whole("p2"),
+        {"case": "p3", "image": image_of(tmp_path, flair="p3_flair.nii")},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "mask"),
+    [
+        (("t1n", "t2f", "t1c", "t2w"), "BraTS-GLI-00000-000-{}.nii.gz"),  # BraTS 2023
+        (("T1", "FLAIR", "T1GD", "T2"), "UPENN-GBM-00001_11_{}.nii.gz"),
+        (("T1w", "FLAIR", "T1c", "T2w"), "{}.nii.gz"),
+        (("t1", "flair", "t1ce", "t2"), "p1.{}.NII.GZ"),
+        (("t1", "flair", "t1ce", "t2"), "p1 {}.mha"),
+    ],
+    ids=["BraTS 2023", "capitals", "no patient", "points, capital ending", "spaces, MetaImage"],
+)
+def test_other_names_of_the_sequences_are_known_and_a_patients_folder_may_have_any(tmp_path, names, mask):
+    folder = tmp_path / "visit 1"
+    touch(folder, *(mask.format(name) for name in (*names, "seg")))
+    image = image_of(folder, **dict(zip(BRATS, map(mask.format, names[:3]), strict=True)))
+    case = {"image": image, "label": str(folder / mask.format("seg"))}
+    assert find_cases(tmp_path, BRATS) == [{"case": "visit 1", **case}]
+    assert [{**case, "case": ""} for case in find_cases(folder, BRATS)] == [{"case": "", **case}]
+
+
+def test_scans_below_a_patients_folder_are_named_after_it_or_by_their_path_and_stay_together(tmp_path):
+    touch(tmp_path, "a/study/p1_t1.nii", "a/study/p1_flair.nii", "b/s1/x/1.dcm", "b/s1/y/1.dcm", "b/s2/1.dcm")
+    touch(tmp_path, "c/2001/z.nii.gz", "d/s1/f1.nii", "d/s1/f2.mha", "e/1/2/3/4/e_t1.nii", "f/1/2/3/4/5/f_t1.nii")
+    assert [(c["case"], c.get("patient")) for c in find_cases(tmp_path, SEQUENCES)] == [
+        ("a", None),
+        ("b_s1_x", "b"),
+        ("b_s1_y", "b"),
+        ("b_s2", "b"),
+        ("c", None),
+        ("d_s1_f1", "d"),
+        ("d_s1_f2", "d"),
+        ("e", None),
+    ]
+
+
+def test_several_dicom_series_of_a_patient_are_told_where_a_bundle_wants_several_sequences(tmp_path, caplog):
+    touch(tmp_path, "b/flair/1.dcm", "b/dwi/1.dcm", "c/1.dcm")
+    find_cases(tmp_path, ["ct"])
+    assert not caplog.text
+    find_cases(tmp_path, SEQUENCES)
+    assert "several DICOM series of one patient are each taken as a scan of its own (b); keep only" in caplog.text
+
+
+def test_two_files_of_one_sequence_fail_that_patient_alone(tmp_path):
+    touch(tmp_path, "a_t1.nii", "a_t1.nii.gz", "b_t1.nii", "c/c_t1.nii", "c/c_T1w.nii")
+    failures = {case["case"]: case.get("failure") for case in find_cases(tmp_path, SEQUENCES)}
+    assert failures["b"] is None
+    assert (
+        failures["a"]
+        == f"{tmp_path / 'a_t1.nii'} and {tmp_path / 'a_t1.nii.gz'}: two files of one sequence; remove one of them"
+    )
+    assert "c_T1w.nii and" in failures["c"]
+
+
+def test_what_is_passed_over_is_told_in_a_line_and_notes_and_used_files_are_not(tmp_path, caplog):
+    touch(tmp_path, "p1_t1.nii", "p1_seg.nii", "p1_brainmask.nii", "b.nii", "b_mask.nii", "c.minc", "notes.csv", "c.img")
+    touch(tmp_path, "d/d_t1.nii", "d/adc.nii", "empty/readme.txt", "q_t2.nii", "e.mhd", "e.raw", "nobody_seg.nii")
+    assert names_of(find_cases(tmp_path, SEQUENCES)) == ["b", "d", "e", "p1"]
+    told = [record.message for record in caplog.records]
+    assert told == [
+        f"{tmp_path}: passed over, as no scans that are asked for: b_mask.nii, c.img, c.minc, d/adc.nii, nobody_seg.nii "
+        "and 2 more",
+        f"{tmp_path}: left out, as no scans were found in them: empty",
+    ]
+
+
+def test_results_beside_the_scans_are_no_scans(tmp_path):
+    touch(tmp_path, "p1.nii.gz", "results/p1/p1_map.nii.gz", "results/p1/p1_files.csv", "p1/p1_map.nii", "p1/p1_files.csv")
+    assert names_of(find_cases(tmp_path, SEQUENCES)) == ["p1"]
+
+
 # --- find_cases with pictures
-
-
-def names_of(cases):
-    return [case["case"] for case in cases]
 
 
 def save_dicom(path, series):
@@ -175,9 +282,23 @@ def test_an_empty_section_of_pictures_is_told_with_the_folder(tmp_path):
         find_cases(tmp_path, SEQUENCES, section="test", pictures=True)
 
 
-def test_without_pictures_an_empty_section_is_an_empty_list(tmp_path):
-    touch(tmp_path, "a.nii.gz")
-    assert sorted(len(find_cases(tmp_path, SEQUENCES, section=section)) for section in SECTIONS) == [0, 0, 1]
+def test_an_empty_section_is_told_with_the_patients_in_each_and_how_many_it_takes(tmp_path):
+    touch(tmp_path, "a.nii.gz")  # a training case
+    assert names_of(find_cases(tmp_path, SEQUENCES, section="training")) == ["a"]
+    for section, enough in (("validation", 29), ("test", 19)):
+        with pytest.raises(FileNotFoundError) as error:
+            find_cases(tmp_path, SEQUENCES, section=section)
+        assert f"falls into the {section} section (patients in each: training 1, validation 0, test 0)" in str(error.value)
+        assert f"by a hash of the patient's name, by which {'10%' if enough == 29 else '15%'} fall" in str(error.value)
+        assert f"{enough} patients are enough in 19 of 20 cohorts; add patients" in str(error.value)
+
+
+def test_a_section_says_how_many_patients_each_has(tmp_path, caplog):
+    touch(tmp_path, *(f"case{i}.nii.gz" for i in range(40)))
+    with caplog.at_level(logging.INFO):
+        counts = [len(find_cases(tmp_path, SEQUENCES, section=section)) for section in SECTIONS]
+    expected = ", ".join(f"{section} {count}" for section, count in zip(SECTIONS, counts, strict=True))
+    assert sum(counts) == 40 and caplog.text.count(f"patients in each: {expected}") == 3
 
 
 # --- folder_pair, add_slice_labels, training_cases

@@ -85,6 +85,84 @@ def test_pictures_of_all_modes_fit_in_one_batch(tmp_path):
     assert batch["image"].shape == (2, 1, 8, 8)
 
 
+@pytest.mark.parametrize("name", ["a.NII.GZ", "a.NII", "a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_nifti_file_is_read_by_its_content_not_by_its_ending(tmp_path, name, kind, packed):
+    voxels = noise(4, 5, 6)
+    content = kind(voxels, AFFINE).to_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    image = load(tmp_path / name)
+    np.testing.assert_array_equal(image[0].numpy(), voxels)
+    np.testing.assert_allclose(image.affine, AFFINE)
+
+
+def test_a_header_is_not_believed_whatever_the_ending_is(tmp_path):
+    (tmp_path / "b.nii.gz").write_bytes(promise(tmp_path / "a.nii", *[300] * 3).read_bytes())
+    with pytest.raises(ValueError, match="b.nii.gz: unreadable, cut short or damaged: its header promises 300 x 300 x 300"):
+        load(tmp_path / "b.nii.gz")
+
+
+def save_itk(path, compression):
+    """The volume of 4 x 5 x 6 voxels through ITK, which has the first axis last, and LPS."""
+    voxels = noise(4, 5, 6)
+    image = itk.image_from_array(np.ascontiguousarray(voxels.T))
+    lps = np.diag([-1, -1, 1, 1]) @ AFFINE
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing)
+    image.SetDirection(lps[:3, :3] / spacing)
+    image.SetOrigin(lps[:3, 3])
+    itk.imwrite(image, str(path), compression=compression)
+    return voxels
+
+
+@pytest.mark.parametrize("compression", [False, True])
+@pytest.mark.parametrize("ending", ["mha", "mhd", "nrrd", "nhdr"])
+def test_a_metaimage_or_nrrd_volume_arrives_with_its_voxels_and_its_affine(tmp_path, ending, compression):
+    voxels = save_itk(tmp_path / f"a.{ending}", compression)
+    image = load(tmp_path / f"a.{ending}")
+    np.testing.assert_array_equal(image[0].numpy(), voxels)
+    np.testing.assert_allclose(image.affine, AFFINE, atol=1e-9)
+
+
+def test_a_nifti_pair_arrives_with_its_voxels_and_its_affine_and_plain_analyze_is_refused(tmp_path):
+    voxels = noise(4, 5, 6)
+    nib.save(nib.Nifti1Pair(voxels, AFFINE), tmp_path / "a.img")
+    nib.save(nib.Spm99AnalyzeImage(voxels, np.diag([2.0, 2, 5, 1])), tmp_path / "b.img")
+    for ending in ("hdr", "img"):
+        image = load(tmp_path / f"a.{ending}")
+        np.testing.assert_array_equal(image[0].numpy(), voxels)
+        np.testing.assert_allclose(image.affine, AFFINE)
+    with pytest.raises(ValueError, match="b.hdr: Analyze, which does not say which side is left; convert it to NIfTI"):
+        load(tmp_path / "b.hdr")
+
+
+TURNED = {1: (), 3: (Image.Transpose.ROTATE_180,), 6: (Image.Transpose.ROTATE_90,), 8: (Image.Transpose.ROTATE_270,)}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_picture_that_notes_how_the_camera_was_held_is_read_as_it_is_seen(tmp_path, orientation, suffix):
+    seen = Image.fromarray(np.repeat(np.repeat(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20, 8, 0), 8, 1))
+    stored = seen
+    for turn in TURNED[orientation]:
+        stored = stored.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **({"compression": "tiff_lzw"} if suffix == "tif" else {}))
+    image = load(tmp_path / f"a.{suffix}", ("X-ray",), min_ndim=2)
+    assert image.shape == (1, 32, 24)
+    np.testing.assert_allclose(image[0].T.numpy(), np.asarray(seen), atol=6)  # JPEG loses a little
+
+
+def test_a_turned_tiff_that_pillow_would_scramble_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (32, 24)).save(tmp_path / "a.tif", exif=exif)
+    with pytest.raises(ValueError, match="a.tif: unreadable.*convert it"):
+        load(tmp_path / "a.tif", min_ndim=2)
+
+
 def save_dicom(folder, num_slices):
     writer_io = itk.GDCMImageIO.New()
     writer_io.KeepOriginalUIDOn()
@@ -208,13 +286,20 @@ def promise(path, *shape, content=b"", **fields):
     return path
 
 
+def promise_itk(path, *shape, file="LOCAL"):
+    """A MetaImage file with the header of a uint8 volume of this shape, and next to nothing after it."""
+    lines = {"NDims": 3, "DimSize": " ".join(map(str, shape)), "ElementType": "MET_UCHAR", "ElementDataFile": file}
+    path.write_text("ObjectType = Image\n" + "".join(f"{key} = {value}\n" for key, value in lines.items()) + "\0")
+    return path
+
+
 def rubbish():
     return np.random.default_rng(0).bytes(10**6)
 
 
 BAD_INPUTS = {
     "missing file": ("none.nii.gz: no such file", lambda f: f / "none.nii.gz"),
-    "folder without images": ("without DICOM", lambda f: f),
+    "folder without images": ("no DICOM images in this folder", lambda f: f),
     "cut gzip": ("unreadable", lambda f: cut(save(f / "a.nii.gz", noise(8, 8, 8)))),
     "cut file": ("unreadable", lambda f: cut(save(f / "a.nii", noise(8, 8, 8)))),
     "cut picture": ("unreadable", lambda f: cut(picture(f / "a.png"))),
@@ -230,6 +315,11 @@ BAD_INPUTS = {
     "one for two": (r"is 1, this bundle wants 2 \(T1, FLAIR\)", lambda f: save(f / "a.nii.gz", noise(8, 8, 8))),
     "three for two": ("is 3, this bundle wants 2", lambda f: save(f / "a.nii.gz", noise(8, 8, 8, 3))),
     "more voxels than bytes": ("damaged: its header promises 99", lambda f: promise(f / "a.nii", 99, 99, 99)),
+    "MetaImage": ("cut short or damaged: its header promises 9999", lambda f: promise_itk(f / "a.mha", 9999, 9999, 99)),
+    "MetaImage of text": ("unreadable", lambda f: text(f / "a.mha")),
+    "cut MetaImage": ("unreadable", lambda f: save_itk(f / "a.mha", False) is not None and cut(f / "a.mha")),
+    "cut NRRD": ("unreadable", lambda f: save_itk(f / "a.nrrd", True) is not None and cut(f / "a.nrrd")),
+    "MetaImage without voxels": ("unreadable", lambda f: promise_itk(f / "a.mhd", 8, 8, 8, file="none.raw")),
     "more than gzip packs": ("damaged: its header promises 3", lambda f: promise(f / "a.nii.gz", *[30000] * 3)),
     "more than memory": ("1000000000 voxels, more than", lambda f: promise(f / "a.nii.gz", *[1000] * 3, content=rubbish())),
     "no slice": ("0-D image", lambda f: promise(f / "a.nii.gz", 8, 8, 0)),

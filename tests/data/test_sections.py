@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from made_inputs import SECTIONS
 
-from scripts.data.sections import section_by_order, section_of, take_section
+from scripts.data.sections import checked_section, section_by_order, section_of, take_section
 
 # --- section_by_order
 
@@ -65,3 +65,30 @@ def test_the_sections_are_disjoint_and_cover_all():
     parts = [{c["case"] for c in take_section(cases, section)} for section in SECTIONS]
     assert sum(map(len, parts)) == 2000 and set.union(*parts) == set(NAMES)
     assert take_section(cases) == cases
+
+
+# --- checked_section
+
+
+def test_an_empty_section_is_an_error_that_counts_patients_not_their_images():
+    parts = {"training": [{"case": f"a{i}", "patient": "a"} for i in range(3)], "validation": [], "test": [{"case": "b"}]}
+    assert checked_section("scans", "training", parts) == parts["training"]
+    with pytest.raises(FileNotFoundError) as error:
+        checked_section("scans", "validation", parts, "labelled cases", fractions=(0.15, 0.2))
+    assert "none of the 4 labelled cases falls into the validation section" in str(error.value)
+    assert "training 1, validation 0, test 1" in str(error.value) and "20% fall there: 14 patients" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="by the order of the names, and 18 pictures or more leave no"):
+        checked_section("scans", "validation", parts, by_order=True)
+    with pytest.raises(ValueError, match="training, validation, test, all, got tests"):
+        checked_section("scans", "tests", parts)
+
+
+@pytest.mark.parametrize("count", range(18, 60))
+def test_18_pictures_leave_no_section_empty(count):
+    cases = [{"case": f"{i:02}"} for i in range(count)]
+    assert all(section_by_order(cases, section) for section in SECTIONS)
+
+
+def test_29_patients_are_enough_in_19_of_20_cohorts():
+    cohorts = [[{"case": f"{cohort}-{i}"} for i in range(29)] for cohort in range(400)]
+    assert sum(not take_section(cases, "validation") for cases in cohorts) / 400 == pytest.approx(0.05, abs=0.02)

@@ -148,6 +148,21 @@ def test_training_without_slices_of_a_class_is_refused(labels, found):
         SliceDataset([{"case": "a", "image": "x", "label": labels}], cut)
 
 
+def test_a_training_begins_by_saying_how_many_slices_there_are(caplog):
+    with caplog.at_level("INFO"):
+        SliceDataset([{"case": "a", "image": "x", "label": [0, 0, 1]}, {"case": "b", "image": "x", "label": [0]}], cut)
+    assert "2 cases with 4 slices: 3 of class 0, 1 of class 1" in caplog.text
+
+
+def test_a_case_that_was_found_to_be_bad_is_told_with_those_that_cannot_be_read():
+    cases = [
+        {"case": "a", "image": "x", "label": [0, 1]},
+        {"case": "b", "image": "x", "failure": "b: two files of one name"},
+    ]
+    with pytest.raises(ValueError, match="1 of 2 cases can't be used for training:\nb: b: two files"):
+        SliceDataset(cases, cut)
+
+
 def test_a_case_whose_preprocessing_gives_no_slices_is_trained_on_as_a_whole():
     volume = torch.rand(3, 4, 5, 6).half()
     dataset = SliceDataset([{"case": "a", "image": "x"}], lambda case: {"image": volume.float()}, classes=(0,))
