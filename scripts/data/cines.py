@@ -18,20 +18,23 @@ from monai.data.utils import is_supported_format
 from monai.utils import ensure_tuple
 
 from scripts.data.layouts import NIFTI, nifti_of, stem_of
+from scripts.data.phases import find_end_systole
 from scripts.data.reading import LoadSequencesd
-from scripts.data.sections import take_section
+from scripts.data.sections import cine_section_of, take_section
 
-__all__ = ["LoadCined", "assume_spacing", "find_cines"]
+__all__ = ["LoadCined", "assume_spacing", "find_cines", "lost_spacing"]
 
 logger = logging.getLogger(__name__)
 
 THICK_MM = 5.0  # slices this far apart are of a stack, whose pixels are hardly 1 mm by chance
 MIN_HEART_MM = 30.0  # no heart is shorter
+HOW_TO_ASSUME = 'give the spacing in the plane and that of the slices by --assumed_spacing "[1.5,1.5,10]"'
 
 
 def _acdc_frames(path: Path) -> tuple[int, int]:
     """Frames of end-diastole and end-systole in an ``Info.cfg`` of ACDC, which counts from 1, counted from 0."""
-    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    text = path.read_text(encoding="utf-8-sig", errors="replace")  # only the two numbers matter, in any coding
+    lines = (line.partition(":") for line in text.splitlines())
     numbers = {key.strip(): value.strip() for key, _, value in lines}
     if not all(numbers.get(key, "").isdecimal() and int(numbers[key]) for key in ("ED", "ES")):
         raise ValueError(f"{path}: needs the lines 'ED: <frame>' and 'ES: <frame>', counted from 1")
@@ -41,6 +44,11 @@ def _acdc_frames(path: Path) -> tuple[int, int]:
 def _with_labels(case: dict, label: str | None, target_label: str | None) -> dict:
     found = {"label": label, "target_label": target_label}
     return {**case, **{key: path for key, path in found.items() if path}}
+
+
+def _nifti_files(folder: Path) -> list[Path]:
+    """Files of a folder, sorted, without the hidden ones that macOS puts beside each (``._<name>``)."""
+    return [path for path in sorted(folder.iterdir()) if path.name.endswith(NIFTI) and not path.name.startswith(".")]
 
 
 def _cine(folder: Path) -> dict | None:
@@ -53,7 +61,7 @@ def _cine(folder: Path) -> dict | None:
         return _with_labels({**case, "image": whole, "frames": frames}, *labels)
     if cropped := nifti_of(folder, f"{name}_ed2es"):
         return _with_labels({**case, "image": cropped}, *(nifti_of(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
-    names = [stem_of(path) for path in folder.iterdir() if path.name.endswith(NIFTI)]
+    names = [stem_of(path) for path in _nifti_files(folder)]
     stems = sorted(name.removesuffix("_ed") for name in names if name.endswith("_ed"))
     ends = [nifti_of(folder, f"{stem}_{end}") for stem in stems[:1] for end in ("ed", "es")]
     if len(ends) == 2 and all(ends):
@@ -77,7 +85,7 @@ def _frames_table(path: Path) -> dict[str, tuple[int, int]]:
 
 def _cine_files(folder: Path) -> list[dict]:
     """Cases of the 4-D files that lie directly in a folder, with the frames of its ``frames.csv`` if there is one."""
-    paths = [p for p in sorted(folder.iterdir()) if p.name.endswith(NIFTI) and not stem_of(p).endswith("_gt")]
+    paths = [path for path in _nifti_files(folder) if not stem_of(path).endswith("_gt")]
     table = _frames_table(folder / "frames.csv") if (folder / "frames.csv").is_file() else None
     if table is not None and set(table) != (names := {p.name for p in paths}):
         raise ValueError(
@@ -93,6 +101,17 @@ def _cine_files(folder: Path) -> list[dict]:
     return cases
 
 
+def _cine_of_file(path: Path) -> dict:
+    """Case of one 4-D file, with the frames and labels that an ``Info.cfg`` or a ``frames.csv`` beside it names."""
+    case = {"case": stem_of(path), "patient": stem_of(path), "image": str(path)}
+    whole = _cine(path.parent)
+    if whole and whole["image"] == case["image"]:
+        return {**whole, "case": case["case"]}
+    table = path.with_name("frames.csv")
+    frames = _frames_table(table).get(path.name) if table.is_file() else None
+    return {**case, "frames": frames} if frames else case
+
+
 def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequence[float] = (0.15, 0.1)) -> list[dict]:
     """Cases of cardiac cines, sorted by name.
 
@@ -103,16 +122,15 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     - patients of cropped ACDC: ``<patient>/<patient>_ed2es.nii.gz``, from end-diastole to end-systole, labels
       ``<patient>_ed_gt.nii.gz`` and ``<patient>_es_gt.nii.gz``;
     - pairs: ``<case>/<any>_ed.nii.gz`` and ``<case>/<any>_es.nii.gz``, 3-D, labels ``<any>_ed_gt.nii.gz``, …;
-    - 4-D NIfTI files, whose first and last frames are taken unless ``frames.csv`` (columns ``file``, ``ed``, ``es``, which
-      counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
+    - 4-D NIfTI files, whose frames are found (:class:`LoadCined`) unless ``frames.csv`` (columns ``file``, ``ed``, ``es``,
+      which counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
 
-    Patients are split by a hash of their name (:func:`section_of`), but for cropped ACDC with labels: there the labelled
-    patients are the test section, as the Dice needs labels, and of the others ``fractions[1]`` are for validation.
+    Patients are split by a hash of their name, see :func:`scripts.data.sections.cine_section_of`.
 
     Args:
         dataset_dir: see above.
         section: ``training``, ``validation`` or ``test``, or ``all``.
-        fractions: shares of test and validation.
+        fractions: shares of test and validation, but for ACDC's own patients, whose sections are fixed.
 
     Raises:
         FileNotFoundError: if there is no such folder, nothing in it, or nothing in the section.
@@ -120,7 +138,7 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     """
     root = Path(dataset_dir).absolute()  # "." has no name
     if root.is_file():
-        return [{"case": stem_of(root), "patient": stem_of(root), "image": str(root)}]
+        return [_cine_of_file(root)]
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the cines by --dataset_dir")
     if own := _cine(root):
@@ -137,25 +155,41 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     for folder, case in found.items():
         if not case:
             logger.warning(f"{folder}: left out, it has none of the layouts of a cine")
-    held_back = [c for c in cases if str(c["image"]).removesuffix(".gz").endswith("_ed2es.nii") and "label" in c]
-    if not held_back:
-        chosen = take_section(cases, section, fractions=fractions)
-    elif section == "test":
-        chosen = held_back
-    else:
-        others = [case for case in cases if case not in held_back]
-        chosen = cases if section == "all" else take_section(others, section, fractions=(0.0, fractions[1]))
+    chosen = take_section(cases, section, cine_section_of, fractions=fractions)
     if not chosen:
         raise FileNotFoundError(f"{root}: none of the {len(cases)} cines falls into the {section} section; add patients")
     return sorted(chosen, key=lambda case: case["case"])
 
 
-def assume_spacing(affine: np.ndarray, shape: Sequence[int], assumed: Sequence[float]) -> np.ndarray:
-    """Affine with a spacing where the header has lost it.
+def _slices_axis(shape: Sequence[int]) -> int:
+    """The axis with the fewest voxels, of several the last."""
+    return 2 - int(np.argmin(tuple(shape)[::-1]))
 
-    The axis with the fewest voxels (of several, the last) counts the slices. Lost is a spacing of 0, which takes the
-    directions of all axes with it; exactly 1 mm in the plane of slices that are 5 mm or more apart; and exactly 1 mm along
-    all axes if no heart fits between the first and the last slice. Converters that know of no spacing write such.
+
+def lost_spacing(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Along which of the three axes the spacing looks lost: 1 mm is what converters that know of no spacing write.
+
+    It looks so where it is 0; exactly 1 mm in the plane of slices that are 5 mm or more apart; and exactly 1 mm along all
+    axes if no heart fits between the first and the last slice. Only the 0 is sure: a scan may have pixels of 1 mm.
+
+    Args:
+        affine: (4, 4), in mm.
+        shape: number of voxels along the three axes, the fewest of which count the slices.
+    """
+    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), _slices_axis(shape)
+    is_one = abs(spacing - 1) < 1e-4
+    lost = spacing == 0
+    if is_one.all():
+        lost |= shape[through] < MIN_HEART_MM
+    elif spacing[through] >= THICK_MM:
+        lost |= is_one
+    return lost
+
+
+def assume_spacing(affine: np.ndarray, shape: Sequence[int], assumed: Sequence[float]) -> np.ndarray:
+    """Affine with a spacing where the header seems to have lost it, see :func:`lost_spacing`.
+
+    A spacing of 0 takes the directions of all axes with it.
 
     Args:
         affine: (4, 4), in mm.
@@ -166,49 +200,53 @@ def assume_spacing(affine: np.ndarray, shape: Sequence[int], assumed: Sequence[f
         (4, 4); equal to ``affine`` where nothing is lost.
     """
     affine = np.array(affine, dtype=float)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    through = 2 - int(np.argmin(shape[::-1]))
+    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), _slices_axis(shape)
     axes = [axis for axis in range(3) if axis != through] + [through]
-    is_one = abs(spacing - 1) < 1e-4
-    lost = spacing == 0
-    if is_one.all():
-        lost |= shape[through] < MIN_HEART_MM
-    elif spacing[through] >= THICK_MM:
-        lost |= is_one
     wanted = spacing.copy()
     wanted[axes] = assumed
-    wanted = np.where(lost, wanted, spacing)
+    wanted = np.where(lost_spacing(affine, shape), wanted, spacing)
     affine[:3, :3] = np.diag(wanted) if (spacing == 0).any() else affine[:3, :3] * (wanted / spacing)
     return affine
+
+
+def _millimetres(affine: np.ndarray) -> str:
+    return " x ".join(f"{size:g}" for size in np.linalg.norm(affine[:3, :3], axis=0).round(4)) + " mm"
 
 
 class LoadCined(LoadSequencesd):
     """Read a cine, or the two ends of one, on the scan's own grid, float32, in the file's own unit.
 
     ``data[key]`` is the path of one 4-D NIfTI file (frames along its last axis), or a list with two paths of 3-D files,
-    source and target. ``data[frames_key]``, if it is there, has the numbers of source and target in the 4-D file, counted
-    from 0; else they are ``ends``, or the first and the last frame. A cine is one cycle: if the target comes before the
-    source, the frames between go on at the start of the file.
+    source and target. Source and target of a 4-D file are
+
+    - the frames ``data[frames_key]``, counted from 0, or else ``ends``;
+    - the first and the last frame of two, and of a file that says so by its name, ``*_ed2es.nii.gz``;
+    - else the first frame and the one that :func:`scripts.data.phases.find_end_systole` finds, which a warning tells.
+
+    A cine is one cycle: if the target comes before the source, the frames between go on at the start of the file.
 
     The result is ``data[key]``, (2, H, W, D) with source and target or, with ``frames="all"``, (F, H, W, D); and in the
     former case ``data[cine_key]``, (F, H, W, D), all frames from source to target (two of two files). Their meta data have
-    ``num_frames`` (F) and ``time_step`` (seconds between two frames; 0 if unknown).
+    ``num_frames`` (F), ``time_step`` (seconds between two frames; 0 if unknown) and, of a 4-D file, ``source_frame``,
+    ``target_frame`` and ``frames_by`` (``given``, ``file``, or ``found``).
 
-    Where the header has lost the spacing (:func:`assume_spacing`), ``affine`` has the assumed one, and a warning says so;
-    ``meta["original_affine"]`` stays that of the file, in which results are to be written.
+    The header's spacing is taken as it is unless ``assumed_spacing`` is given: then, where the header seems to have lost
+    its own (:func:`lost_spacing`), ``affine`` has the assumed one, and a warning says so; ``meta["original_affine"]`` stays
+    that of the file, in which results are to be written.
 
     Args:
         keys: key of the paths.
         frames: ``ends`` or ``all``.
-        ends: numbers of source and target in 4-D files of which ``data`` has none, in place of the first and last frame.
+        ends: numbers of source and target in 4-D files of which ``data`` has none.
         frames_key: key of the numbers of source and target.
         cine_key: key of all frames.
-        assumed_spacing: two spacings in the plane and that of the slices, in mm, for a header that has lost them.
+        assumed_spacing: two spacings in the plane and that of the slices, in mm, for headers that have lost them.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
         ValueError: in one line with the file's name and the mend, for everything that :class:`LoadSequencesd` refuses, two
-            files on different grids among it; a single frame; numbers out of range; source and target that are the same.
+            files on different grids among it; a single frame; numbers out of range; source and target that are the same; an
+            end-systole that can't be told; a spacing of 0 without ``assumed_spacing``.
     """
 
     def __init__(
@@ -218,16 +256,16 @@ class LoadCined(LoadSequencesd):
         ends: Sequence[int] | None = None,
         frames_key: str = "frames",
         cine_key: str = "cine",
-        assumed_spacing: Sequence[float] = (1.5, 1.5, 10.0),
+        assumed_spacing: Sequence[float] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, ("source", "target"), allow_missing_keys=allow_missing_keys)
         if frames not in ("ends", "all"):
             raise ValueError(f"frames must be ends or all, got {frames}.")
-        if len(assumed_spacing) != 3 or min(assumed_spacing) <= 0:
+        if assumed_spacing is not None and (len(assumed_spacing) != 3 or min(assumed_spacing) <= 0):
             raise ValueError(f"assumed_spacing must be three lengths above 0, in mm, got {assumed_spacing}.")
         self.frames, self.ends, self.frames_key, self.cine_key = frames, ends, frames_key, cine_key
-        self.assumed_spacing = tuple(map(float, assumed_spacing))
+        self.assumed_spacing = None if assumed_spacing is None else tuple(map(float, assumed_spacing))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -246,8 +284,11 @@ class LoadCined(LoadSequencesd):
         return d
 
     def _check_geometry(self, path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
-        if not np.isfinite(affine).all() or np.linalg.norm(affine[:3, :3], axis=0).all():
-            super()._check_geometry(path, affine, shape)  # where a spacing is 0, another one is assumed
+        without_extent = np.isfinite(affine).all() and not np.linalg.norm(affine[:3, :3], axis=0).all()
+        if not without_extent:
+            super()._check_geometry(path, affine, shape)
+        elif self.assumed_spacing is None:
+            raise ValueError(f"{path}: a spacing of 0 mm in the header; {HOW_TO_ASSUME}.")
 
     def _load_frames(self, path: str | os.PathLike, ends: Sequence[int] | None) -> MetaTensor:
         """The frames of a 4-D file from source to target."""
@@ -258,21 +299,45 @@ class LoadCined(LoadSequencesd):
                 f"{path}: a single frame, no motion; give a 4-D file with the frames along its last axis, or two 3-D files, "
                 "end-diastole and end-systole."
             )
-        first, last = (0, count - 1) if ends is None else map(int, ends)
+        first, last, found_by = self._choose(cine, path, ends)
         if not (0 <= first < count and 0 <= last < count):
             raise ValueError(f"{path}: frames {first} and {last} wanted, it has 0 to {count - 1}; correct their numbers.")
         if first == last:
             raise ValueError(f"{path}: source and target are both frame {first}; give two different frames.")
         between = range(first, last + 1) if first < last else [*range(first, count), *range(last + 1)]
-        return cine[list(between)]
+        cine = cine[list(between)]
+        cine.meta |= {"source_frame": first, "target_frame": last, "frames_by": found_by}
+        return cine
+
+    @staticmethod
+    def _choose(cine: MetaTensor, path: str | os.PathLike, ends: Sequence[int] | None) -> tuple[int, int, str]:
+        """Numbers of source and target in a 4-D file, and what they are known by."""
+        if ends is not None:
+            return *map(int, ends), "given"
+        if len(cine) == 2 or stem_of(Path(path)).endswith("_ed2es"):
+            return 0, len(cine) - 1, "file"
+        try:
+            last, reason = find_end_systole(cine.as_tensor())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: it can't be told which frame is end-systole, {error}; give the numbers of end-diastole and "
+                'end-systole, from 0, by --ends "[0,9]", or for each file in a frames.csv beside it (file, ed, es).'
+            ) from None
+        logger.warning(
+            f"{path}: frame 0 of {len(cine)} is taken as end-diastole and frame {last} as end-systole, {reason}; "
+            "--ends or a frames.csv names others"
+        )
+        return 0, last, "found"
 
     def _describe(self, cine: MetaTensor, path: str | os.PathLike) -> None:
-        """Give a cine the spacing that it lacks, and what the results need to know of its time."""
+        """Give a cine the spacing that it lacks, if one is to be assumed, and what the results need to know of its time."""
         affine = cine.affine.numpy()
-        mended = assume_spacing(affine, cine.shape[1:], self.assumed_spacing)
-        if not np.allclose(mended, affine):
-            spacings = (" x ".join(f"{s:g}" for s in np.linalg.norm(a[:3, :3], axis=0).round(4)) for a in (affine, mended))
-            logger.warning("{}: lost spacing, {} mm in the header; {} mm is assumed".format(path, *spacings))
+        spacing = _millimetres(affine)
+        if self.assumed_spacing is None:
+            if lost_spacing(affine, cine.shape[1:]).any():
+                logger.warning(f"{path}: {spacing} in the header is taken as it is; if it was lost, {HOW_TO_ASSUME}")
+        elif not np.allclose(mended := assume_spacing(affine, cine.shape[1:], self.assumed_spacing), affine):
+            logger.warning(f"{path}: lost spacing, {spacing} in the header; {_millimetres(mended)} is assumed")
             if np.linalg.det(affine[:3, :3]) == 0:
                 cine.meta["original_affine"] = mended  # no other program could place results on a grid without extent
             cine.affine = torch.as_tensor(mended)

@@ -34,10 +34,11 @@ class CineSaver(FolderSaver):
     - ``_seg.nii.gz``: (H, W, D), uint8, from ``pred``: 1 where tissue moves;
     - ``_overview.png`` and ``_cine.gif``, see :mod:`scripts.tasks.motion.figures`.
 
-    A row in ``results.csv`` has the number of frames, the volume of what moves in ml, volumes of the left ventricle in the
-    first and the last frame (empty without labels), the largest displacement in mm, and the share of voxels in percent
-    that the displacement folds, in the frame with most of them. Where the header had lost its spacing, mm and ml of the row
-    are by the spacing that was assumed in its place.
+    A row in ``results.csv`` has the number of frames; which frames of the file source and target were, from 0, and by what
+    they are known, see :class:`scripts.data.cines.LoadCined` (empty of two files); the volume of what moves in ml; those of
+    the left ventricle in the first and the last frame (empty without labels); the largest displacement in mm; and the share
+    of voxels in percent that the displacement folds, in the frame with most of them. Where a spacing is assumed in place of
+    the header's, mm and ml of the row are by that.
 
     Args:
         output_dir: where to.
@@ -90,6 +91,7 @@ class CineSaver(FolderSaver):
         volumes = volume_curve(case["labels"].cpu(), case["cine"].affine) if "labels" in case else []
         return {
             "frames": str(len(case["frames"])),
+            **{name: str(case["cine"].meta.get(name, "")) for name in ("source_frame", "target_frame", "frames_by")},
             "moving_ml": f"{millilitres(case['pred']):.1f}",
             "lv_first_ml": f"{volumes[0]:.1f}" if volumes else "",
             "lv_last_ml": f"{volumes[-1]:.1f}" if volumes else "",

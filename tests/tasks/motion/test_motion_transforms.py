@@ -34,10 +34,10 @@ def test_a_source_without_grey_levels_is_refused():
         ScaleIntensityBySourced("image")({"image": MetaTensor(image)})
 
 
-def preprocessing(frames="ends"):
+def preprocessing(frames="ends", **settings):
     return Compose(
         [
-            LoadCined("image", frames=frames),
+            LoadCined("image", frames=frames, **settings),
             ScaleIntensityBySourced("image"),
             Orientationd("image", axcodes="RAS", labels=None),
             Spacingd("image", pixdim=[2.0, 2.0, 5.0]),
@@ -54,7 +54,7 @@ def test_a_cine_stored_with_other_axes_is_the_same_to_the_network(tmp_path, fram
 
 def test_the_preprocessing_can_be_undone_with_an_assumed_spacing_too(tmp_path):
     path = save_nifti(tmp_path / "a.nii.gz", make_cine()[0], THIN)
-    transform = preprocessing()
+    transform = preprocessing(assumed_spacing=(1.5, 1.5, 10.0))
     batch = next(iter(DataLoader(Dataset([{"image": path}], transform), batch_size=1)))
     (item,) = decollate_batch(batch)
     back = Invertd("image", transform, nearest_interp=False)(item)["image"]
