@@ -22,7 +22,7 @@ from scripts.data.phases import find_end_systole
 from scripts.data.reading import LoadSequencesd
 from scripts.data.sections import cine_section_of, take_section
 
-__all__ = ["LoadCined", "assume_spacing", "find_cines", "lost_spacing"]
+__all__ = ["LoadCined", "assume_spacing", "find_cines", "lost_spacing", "slice_axis"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,17 @@ def _nifti_files(folder: Path) -> list[Path]:
 
 
 def _cine(folder: Path) -> dict | None:
-    """Case of a patient's folder in ACDC's layout, in that of cropped ACDC or with two 3-D files, if it is one."""
+    """Case of a patient's folder in ACDC's layout, in that of cropped ACDC or with two 3-D files, if it is one.
+
+    One whose ``Info.cfg`` is bad has a ``failure``, a line that says so.
+    """
     name, info = folder.name, folder / "Info.cfg"
     case = {"case": name, "patient": name}
     if (whole := nifti_of(folder, f"{name}_4d")) and info.is_file():
-        frames = _acdc_frames(info)
+        try:
+            frames = _acdc_frames(info)
+        except ValueError as error:
+            return {**case, "image": whole, "failure": str(error)}
         labels = (nifti_of(folder, f"{name}_frame{frame + 1:02}_gt") for frame in frames)
         return _with_labels({**case, "image": whole, "frames": frames}, *labels)
     if cropped := nifti_of(folder, f"{name}_ed2es"):
@@ -125,7 +131,8 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     - 4-D NIfTI files, whose frames are found (:class:`LoadCined`) unless ``frames.csv`` (columns ``file``, ``ed``, ``es``,
       which counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
 
-    Patients are split by a hash of their name, see :func:`scripts.data.sections.cine_section_of`.
+    Patients are split by a hash of their name, see :func:`scripts.data.sections.cine_section_of`. A patient with a bad
+    ``Info.cfg`` comes with a ``failure``, a line that says what is wrong, as long as there are others.
 
     Args:
         dataset_dir: see above.
@@ -134,15 +141,15 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
 
     Raises:
         FileNotFoundError: if there is no such folder, nothing in it, or nothing in the section.
-        ValueError: naming an ``Info.cfg`` or a ``frames.csv`` without the frames.
+        ValueError: naming a ``frames.csv`` without the frames, or an ``Info.cfg`` if every cine has a bad one.
     """
     root = Path(dataset_dir).absolute()  # "." has no name
     if root.is_file():
-        return [_cine_of_file(root)]
+        return _usable([_cine_of_file(root)])
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the cines by --dataset_dir")
     if own := _cine(root):
-        return [own]
+        return _usable([own])
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     found = {folder: _cine(folder) for folder in folders}
     cases = [case for case in found.values() if case] + _cine_files(root)
@@ -158,11 +165,18 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     chosen = take_section(cases, section, cine_section_of, fractions=fractions)
     if not chosen:
         raise FileNotFoundError(f"{root}: none of the {len(cases)} cines falls into the {section} section; add patients")
-    return sorted(chosen, key=lambda case: case["case"])
+    return _usable(sorted(chosen, key=lambda case: case["case"]))
 
 
-def _slices_axis(shape: Sequence[int]) -> int:
-    """The axis with the fewest voxels, of several the last."""
+def _usable(cases: list[dict]) -> list[dict]:
+    """The cases, if not every one of them has a ``failure``."""
+    if all("failure" in case for case in cases):
+        raise ValueError(cases[0]["failure"])
+    return cases
+
+
+def slice_axis(shape: Sequence[int]) -> int:
+    """The axis along which a stack's slices lie: that with the fewest voxels, of several the last."""
     return 2 - int(np.argmin(tuple(shape)[::-1]))
 
 
@@ -176,7 +190,7 @@ def lost_spacing(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         affine: (4, 4), in mm.
         shape: number of voxels along the three axes, the fewest of which count the slices.
     """
-    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), _slices_axis(shape)
+    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), slice_axis(shape)
     is_one = abs(spacing - 1) < 1e-4
     lost = spacing == 0
     if is_one.all():
@@ -200,7 +214,7 @@ def assume_spacing(affine: np.ndarray, shape: Sequence[int], assumed: Sequence[f
         (4, 4); equal to ``affine`` where nothing is lost.
     """
     affine = np.array(affine, dtype=float)
-    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), _slices_axis(shape)
+    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), slice_axis(shape)
     axes = [axis for axis in range(3) if axis != through] + [through]
     wanted = spacing.copy()
     wanted[axes] = assumed
@@ -245,8 +259,9 @@ class LoadCined(LoadSequencesd):
 
     Raises:
         ValueError: in one line with the file's name and the mend, for everything that :class:`LoadSequencesd` refuses, two
-            files on different grids among it; a single frame; numbers out of range; source and target that are the same; an
-            end-systole that can't be told; a spacing of 0 without ``assumed_spacing``.
+            files on different grids among it; the ``failure`` that a case comes with; a single frame; numbers out of range;
+            source and target that are the same; an end-systole that can't be told; a spacing of 0 without
+            ``assumed_spacing``.
     """
 
     def __init__(
@@ -269,6 +284,8 @@ class LoadCined(LoadSequencesd):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        if "failure" in d:
+            raise ValueError(d["failure"])
         for key in self.key_iterator(d):
             paths = ensure_tuple(d[key])
             cine = (

@@ -62,6 +62,8 @@ HEADINGS = {
     "lv_first_ml": "left ventricle, first frame (ml)",
     "lv_last_ml": "left ventricle, last frame (ml)",
     "lv_true_last_ml": "left ventricle, label of the target (ml)",
+    "ejection_fraction_percent": "ejection fraction (%)",
+    "wall_thickening_percent": "thickening of the wall (%)",
     "lv_falls": "left ventricle never grows",
     "max_displacement_mm": "largest displacement (mm)",
     "folding_percent": "share that folds (%)",

@@ -164,7 +164,8 @@ def test_labels_are_warped_to_every_frame_and_shrink(cohort):
     assert (np.diff(volumes) < 0).all()
     (row,) = [row for row in rows_of(output / "results.csv") if row["case"] == "ras"]
     assert [row["lv_first_ml"], row["lv_last_ml"]] == [f"{volumes[0]:.1f}", f"{volumes[-1]:.1f}"]
-    assert float(row["folding_percent"]) == 0 and row["frames"] == "4"
+    assert float(row["ejection_fraction_percent"]) == pytest.approx(100 * (1 - volumes[-1] / volumes[0]), abs=0.06)
+    assert row["wall_thickening_percent"] and float(row["folding_percent"]) == 0 and row["frames"] == "4"
 
 
 def test_the_moving_picture_goes_there_and_back(cohort):
@@ -211,6 +212,16 @@ def test_frames_and_fractions_can_be_named(infer_here, tmp_path):
     infer_here(path, tmp_path / "out", ends=[1, 3], gammas=[0.0, 0.25, 1.0])
     cine = np.asarray(load(tmp_path / "out", "a", "cine").dataobj)
     assert cine.shape[-1] == 3 and np.array_equal(cine[..., 0], make_cine(5)[0][..., 1])
+    (row,) = rows_of(tmp_path / "out" / "results.csv")
+    assert [row[name] for name in ("source_frame", "target_frame", "frames_by")] == ["1", "3", "given"]
+
+
+def test_without_the_target_among_the_frames_there_is_no_ejection_fraction(infer_here, tmp_path):
+    save_nifti(tmp_path / "scans" / "a.nii.gz", make_cine(3)[0], SPACING)
+    save_nifti(tmp_path / "scans" / "a_ed_gt.nii.gz", make_cine(3)[1][..., 0], SPACING)
+    infer_here(tmp_path / "scans", tmp_path / "out", gammas=[0.0, 0.5])
+    (row,) = rows_of(tmp_path / "out" / "results.csv")
+    assert row["lv_last_ml"] and row["ejection_fraction_percent"] == row["wall_thickening_percent"] == ""
 
 
 def test_two_runs_give_the_same_bytes_and_a_third_one_has_nothing_left_to_do(infer_here, tmp_path, caplog):

@@ -48,6 +48,19 @@ def test_acdcs_own_file_given_alone_has_the_frames_and_labels_of_its_folder(tmp_
     assert "frames" not in other and "label" not in other
 
 
+def test_one_bad_info_file_fails_with_its_own_case_alone(tmp_path):
+    for name, text in (("p1", "ED: 1\nES: 12\n"), ("p2", "ED: first\n")):
+        touch(tmp_path / name, f"{name}_4d.nii.gz")
+        (tmp_path / name / "Info.cfg").write_text(text)
+    good, bad = find_cines(tmp_path)
+    assert "failure" not in good and bad["failure"].startswith(f"{tmp_path / 'p2' / 'Info.cfg'}: needs the lines")
+    with pytest.raises(ValueError, match=r"p2/Info\.cfg: needs the lines"):
+        LoadCined("image")(bad)
+    for path in (tmp_path / "p2", tmp_path / "p2" / "p2_4d.nii.gz"):
+        with pytest.raises(ValueError, match=r"p2/Info\.cfg: needs the lines"):
+            find_cines(path)
+
+
 @pytest.mark.parametrize("text", ["\ufeffED: 1\nES: 12\n".encode(), "Höhe: 1,8\nED: 1\nES: 12\n".encode("latin-1")])
 def test_an_info_file_in_another_coding_is_read(tmp_path, text):
     touch(tmp_path / "p1", "p1_4d.nii.gz")
