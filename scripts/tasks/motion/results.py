@@ -77,15 +77,13 @@ class CineSaver(FolderSaver):
             frames, displacement, cine = (upright(item.cpu()) for item in (frames, displacement, cine))
             spacing = affine_to_spacing(frames.affine).tolist()
             directions = frames.affine[:3, :3] / torch.tensor(spacing)
-            pumped = self._pumping(case).items()
-            told = [f"{figure.replace('_', ' ')} {value:.0f} %" for figure, value in pumped if not math.isnan(value)]
             cine_overview(
                 folder / f"{name}_overview.png",
                 frames,
                 turn_vectors(displacement.as_tensor(), directions.inverse()),
                 real=cine,
                 labels=upright(case["labels"].cpu()) if "labels" in case else None,
-                title=", ".join([name, *told]),
+                title=", ".join([name, *self._told(case)]),
                 fractions=self.gammas,
                 spacing=spacing,
             )
@@ -95,6 +93,15 @@ class CineSaver(FolderSaver):
         """Figures of the carried labels, NaN without them or if the frames don't go on to the target."""
         arrives = "labels" in case and (self.gammas is None or self.gammas[-1] == 1)
         return pumping(case.get("label"), case["labels"][-1:] if arrives else None, case["cine"].affine)
+
+    def _told(self, case: Mapping[str, Any]) -> list[str]:
+        """The same in words, with the figures of the true labels where there are any."""
+        true = pumping(case.get("label"), case.get("target_label"), case["cine"].affine)
+        return [
+            f"{name.replace('_', ' ')} {value:.0f} %" + ("" if math.isnan(true[name]) else f" (labels: {true[name]:.0f} %)")
+            for name, value in self._pumping(case).items()
+            if not math.isnan(value)
+        ]
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
         volumes = volume_curve(case["labels"].cpu(), case["cine"].affine) if "labels" in case else []

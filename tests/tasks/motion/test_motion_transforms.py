@@ -107,10 +107,11 @@ def test_labels_stay_whole_numbers_on_their_way():
     assert data["labels"].dtype == torch.uint8 and torch.equal(data["labels"].as_tensor(), label.as_tensor().byte())
 
 
+@pytest.mark.parametrize("key", ["label", "target_label"])
 @pytest.mark.parametrize("wrong", ["shape", "axes"])
-def test_labels_on_another_grid_are_refused_with_their_file(wrong):
+def test_labels_on_another_grid_are_refused_with_their_file(wrong, key):
     label = volume(torch.zeros(1, 6, 5, 5 if wrong == "shape" else 4), filename_or_obj="p_ed_gt.nii.gz")
     if wrong == "axes":
         label.meta["original_affine"] = np.eye(4)
     with pytest.raises(ValueError, match=r"p_ed_gt\.nii\.gz: its grid of .* resample it"):
-        warped(torch.zeros(3, 6, 5, 4), label=label)
+        warped(torch.zeros(3, 6, 5, 4), **{key: label})
