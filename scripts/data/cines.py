@@ -19,15 +19,17 @@ from monai.data.utils import is_supported_format
 from monai.utils import ensure_tuple
 
 from scripts.data.layouts import NIFTI, nifti_of, others_in, shortened, stem_of, visible
+from scripts.data.phases import find_end_systole
 from scripts.data.reading import LoadSequencesd, open_nifti
-from scripts.data.sections import SECTIONS, checked_section, take_section
+from scripts.data.sections import SECTIONS, checked_section, cine_section_of, take_section
 
-__all__ = ["LoadCined", "assume_spacing", "find_cines"]
+__all__ = ["LoadCined", "assume_spacing", "find_cines", "lost_spacing", "slice_axis"]
 
 logger = logging.getLogger(__name__)
 
 THICK_MM = 5.0  # slices this far apart are of a stack, whose pixels are hardly 1 mm by chance
 MIN_HEART_MM = 30.0  # no heart is shorter
+HOW_TO_ASSUME = 'give the spacing in the plane and that of the slices by --assumed_spacing "[1.5,1.5,10]"'
 
 
 def _acdc_frames(path: Path) -> tuple[int, int]:
@@ -46,7 +48,10 @@ def _with_labels(case: dict, label: str | None, target_label: str | None) -> dic
 
 
 def _cine(folder: Path) -> dict | None:
-    """Case of a patient's folder in ACDC's layout, in that of cropped ACDC or with two 3-D files, if it is one."""
+    """Case of a patient's folder in ACDC's layout, in that of cropped ACDC or with two 3-D files, if it is one.
+
+    One whose ``Info.cfg`` is bad has a ``failure``, a line that says so.
+    """
     name, info = folder.name, folder / "Info.cfg"
     case = {"case": name, "patient": name}
     if (whole := nifti_of(folder, f"{name}_4d")) and info.is_file():
@@ -98,6 +103,17 @@ def _cine_files(folder: Path) -> list[dict]:
     return cases
 
 
+def _cine_of_file(path: Path) -> dict:
+    """Case of one 4-D file, with the frames and labels that an ``Info.cfg`` or a ``frames.csv`` beside it names."""
+    case = {"case": stem_of(path), "patient": stem_of(path), "image": str(path)}
+    whole = _cine(path.parent)
+    if whole and whole["image"] == case["image"]:
+        return {**whole, "case": case["case"]}
+    table = path.with_name("frames.csv")
+    frames = _frames_table(table).get(path.name) if table.is_file() else None
+    return {**case, "frames": frames} if frames else case
+
+
 def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequence[float] = (0.15, 0.1)) -> list[dict]:
     """Cases of cardiac cines, sorted by name.
 
@@ -108,29 +124,29 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     - patients of cropped ACDC: ``<patient>/<patient>_ed2es.nii.gz``, from end-diastole to end-systole, labels
       ``<patient>_ed_gt.nii.gz`` and ``<patient>_es_gt.nii.gz``;
     - pairs: ``<case>/<any>_ed.nii.gz`` and ``<case>/<any>_es.nii.gz``, 3-D, labels ``<any>_ed_gt.nii.gz``, …;
-    - 4-D NIfTI files, whose first and last frames are taken unless ``frames.csv`` (columns ``file``, ``ed``, ``es``, which
-      counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
+    - 4-D NIfTI files, whose frames are found (:class:`LoadCined`) unless ``frames.csv`` (columns ``file``, ``ed``, ``es``,
+      which counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
 
-    Patients are split by a hash of their name (:func:`section_of`), but for cropped ACDC with labels: there the labelled
-    patients are the test section, as the Dice needs labels, and of the others ``fractions[1]`` are for validation.
+    Patients are split by a hash of their name, see :func:`scripts.data.sections.cine_section_of`. A patient with a bad
+    ``Info.cfg`` comes with a ``failure``, a line that says what is wrong, as long as there are others.
 
     Args:
         dataset_dir: see above.
         section: ``training``, ``validation`` or ``test``, or ``all``.
-        fractions: shares of test and validation.
+        fractions: shares of test and validation, but for ACDC's own patients, whose sections are fixed.
 
     Raises:
         FileNotFoundError: if there is no such folder, nothing in it, or nothing in the section.
-        ValueError: for an unknown section, or naming a ``frames.csv`` without the frames. A patient with an ``Info.cfg``
-            without them is a case with a ``failure`` that says so.
+        ValueError: for an unknown section, naming a ``frames.csv`` without the frames, or an ``Info.cfg`` if every cine has
+            a bad one; else a patient with a bad one is a case with a ``failure`` that says so.
     """
     root = Path(dataset_dir).absolute()  # "." has no name
     if root.is_file():
-        return [{"case": stem_of(root), "patient": stem_of(root), "image": str(root)}]
+        return _usable([_cine_of_file(root)])
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the folder of the cines by --dataset_dir")
     if own := _cine(root):
-        return [own]
+        return _usable([own])
     folders = [path for path in visible(root) if path.is_dir()]
     found = {folder: _cine(folder) for folder in folders}
     cases = [case for case in found.values() if case] + _cine_files(root)
@@ -143,21 +159,47 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     left = [path for path, case in found.items() if not case] + others_in(visible(root), NIFTI)
     if left:
         logger.warning(f"{root}: left out, as they have none of the layouts of a cine: {shortened(p.name for p in left)}")
-    parts = {name: take_section(cases, name, fractions=fractions) for name in SECTIONS}
-    held_back = [c for c in cases if str(c["image"]).removesuffix(".gz").endswith("_ed2es.nii") and "label" in c]
-    if held_back:
-        fractions, others = (0.0, fractions[1]), [case for case in cases if case not in held_back]
-        parts = {name: take_section(others, name, fractions=fractions) for name in SECTIONS} | {"test": held_back}
+    parts = {name: take_section(cases, name, cine_section_of, fractions=fractions) for name in SECTIONS}
     chosen = cases if section == "all" else checked_section(root, section, parts, "cines", fractions)
-    return sorted(chosen, key=lambda case: case["case"])
+    return _usable(sorted(chosen, key=lambda case: case["case"]))
+
+
+def _usable(cases: list[dict]) -> list[dict]:
+    """The cases, if not every one of them has a ``failure``."""
+    if all("failure" in case for case in cases):
+        raise ValueError(cases[0]["failure"])
+    return cases
+
+
+def slice_axis(shape: Sequence[int]) -> int:
+    """The axis along which a stack's slices lie: that with the fewest voxels, of several the last."""
+    return 2 - int(np.argmin(tuple(shape)[::-1]))
+
+
+def lost_spacing(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Along which of the three axes the spacing looks lost: 1 mm is what converters that know of no spacing write.
+
+    It looks so where it is 0; exactly 1 mm in the plane of slices that are 5 mm or more apart; and exactly 1 mm along all
+    axes if no heart fits between the first and the last slice. Only the 0 is sure: a scan may have pixels of 1 mm.
+
+    Args:
+        affine: (4, 4), in mm.
+        shape: number of voxels along the three axes, the fewest of which count the slices.
+    """
+    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), slice_axis(shape)
+    is_one = abs(spacing - 1) < 1e-4
+    lost = spacing == 0
+    if is_one.all():
+        lost |= shape[through] < MIN_HEART_MM
+    elif spacing[through] >= THICK_MM:
+        lost |= is_one
+    return lost
 
 
 def assume_spacing(affine: np.ndarray, shape: Sequence[int], assumed: Sequence[float]) -> np.ndarray:
-    """Affine with a spacing where the header has lost it.
+    """Affine with a spacing where the header seems to have lost it, see :func:`lost_spacing`.
 
-    The axis with the fewest voxels (of several, the last) counts the slices. Lost is a spacing of 0, which takes the
-    directions of all axes with it; exactly 1 mm in the plane of slices that are 5 mm or more apart; and exactly 1 mm along
-    all axes if no heart fits between the first and the last slice. Converters that know of no spacing write such.
+    A spacing of 0 takes the directions of all axes with it.
 
     Args:
         affine: (4, 4), in mm.
@@ -168,49 +210,54 @@ def assume_spacing(affine: np.ndarray, shape: Sequence[int], assumed: Sequence[f
         (4, 4); equal to ``affine`` where nothing is lost.
     """
     affine = np.array(affine, dtype=float)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    through = 2 - int(np.argmin(shape[::-1]))
+    spacing, through = np.linalg.norm(affine[:3, :3], axis=0), slice_axis(shape)
     axes = [axis for axis in range(3) if axis != through] + [through]
-    is_one = abs(spacing - 1) < 1e-4
-    lost = spacing == 0
-    if is_one.all():
-        lost |= shape[through] < MIN_HEART_MM
-    elif spacing[through] >= THICK_MM:
-        lost |= is_one
     wanted = spacing.copy()
     wanted[axes] = assumed
-    wanted = np.where(lost, wanted, spacing)
+    wanted = np.where(lost_spacing(affine, shape), wanted, spacing)
     affine[:3, :3] = np.diag(wanted) if (spacing == 0).any() else affine[:3, :3] * (wanted / spacing)
     return affine
+
+
+def _millimetres(affine: np.ndarray) -> str:
+    return " x ".join(f"{size:g}" for size in np.linalg.norm(affine[:3, :3], axis=0).round(4)) + " mm"
 
 
 class LoadCined(LoadSequencesd):
     """Read a cine, or the two ends of one, on the scan's own grid, float32, in the file's own unit.
 
     ``data[key]`` is the path of one 4-D NIfTI file (frames along its last axis), or a list with two paths of 3-D files,
-    source and target. ``data[frames_key]``, if it is there, has the numbers of source and target in the 4-D file, counted
-    from 0; else they are ``ends``, or the first and the last frame. A cine is one cycle: if the target comes before the
-    source, the frames between go on at the start of the file.
+    source and target. Source and target of a 4-D file are
+
+    - the frames ``data[frames_key]``, counted from 0, or else ``ends``;
+    - the first and the last frame of two, and of a file that says so by its name, ``*_ed2es.nii.gz``;
+    - else the first frame and the one that :func:`scripts.data.phases.find_end_systole` finds, which a warning tells.
+
+    A cine is one cycle: if the target comes before the source, the frames between go on at the start of the file.
 
     The result is ``data[key]``, (2, H, W, D) with source and target or, with ``frames="all"``, (F, H, W, D); and in the
     former case ``data[cine_key]``, (F, H, W, D), all frames from source to target (two of two files). Their meta data have
-    ``num_frames`` (F) and ``time_step`` (seconds between two frames; 0 if unknown).
+    ``num_frames`` (F), ``time_step`` (seconds between two frames; 0 if unknown) and, of a 4-D file, ``source_frame``,
+    ``target_frame`` and ``frames_by`` (``given``, ``file``, or ``found``).
 
-    Where the header has lost the spacing (:func:`assume_spacing`), ``affine`` has the assumed one, and a warning says so;
-    ``meta["original_affine"]`` stays that of the file, in which results are to be written.
+    The header's spacing is taken as it is unless ``assumed_spacing`` is given: then, where the header seems to have lost
+    its own (:func:`lost_spacing`), ``affine`` has the assumed one, and a warning says so; ``meta["original_affine"]`` stays
+    that of the file, in which results are to be written.
 
     Args:
         keys: key of the paths.
         frames: ``ends`` or ``all``.
-        ends: numbers of source and target in 4-D files of which ``data`` has none, in place of the first and last frame.
+        ends: numbers of source and target in 4-D files of which ``data`` has none.
         frames_key: key of the numbers of source and target.
         cine_key: key of all frames.
-        assumed_spacing: two spacings in the plane and that of the slices, in mm, for a header that has lost them.
+        assumed_spacing: two spacings in the plane and that of the slices, in mm, for headers that have lost them.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
         ValueError: in one line with the file's name and the mend, for everything that :class:`LoadSequencesd` refuses, two
-            files on different grids among it; a single frame; numbers out of range; source and target that are the same.
+            files on different grids among it; the ``failure`` that a case comes with; a single frame; numbers out of range;
+            source and target that are the same; an end-systole that can't be told; a spacing of 0 without
+            ``assumed_spacing``.
     """
 
     def __init__(
@@ -220,19 +267,21 @@ class LoadCined(LoadSequencesd):
         ends: Sequence[int] | None = None,
         frames_key: str = "frames",
         cine_key: str = "cine",
-        assumed_spacing: Sequence[float] = (1.5, 1.5, 10.0),
+        assumed_spacing: Sequence[float] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, ("source", "target"), allow_missing_keys=allow_missing_keys)
         if frames not in ("ends", "all"):
             raise ValueError(f"frames must be ends or all, got {frames}.")
-        if len(assumed_spacing) != 3 or min(assumed_spacing) <= 0:
+        if assumed_spacing is not None and (len(assumed_spacing) != 3 or min(assumed_spacing) <= 0):
             raise ValueError(f"assumed_spacing must be three lengths above 0, in mm, got {assumed_spacing}.")
         self.frames, self.ends, self.frames_key, self.cine_key = frames, ends, frames_key, cine_key
-        self.assumed_spacing = tuple(map(float, assumed_spacing))
+        self.assumed_spacing = None if assumed_spacing is None else tuple(map(float, assumed_spacing))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        if "failure" in d:
+            raise ValueError(d["failure"])
         for key in self.key_iterator(d):
             paths = ensure_tuple(d[key])
             cine = (
@@ -248,8 +297,11 @@ class LoadCined(LoadSequencesd):
         return d
 
     def _check_geometry(self, path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
-        if not np.isfinite(affine).all() or np.linalg.norm(affine[:3, :3], axis=0).all():
-            super()._check_geometry(path, affine, shape)  # where a spacing is 0, another one is assumed
+        without_extent = np.isfinite(affine).all() and not np.linalg.norm(affine[:3, :3], axis=0).all()
+        if not without_extent:
+            super()._check_geometry(path, affine, shape)
+        elif self.assumed_spacing is None:
+            raise ValueError(f"{path}: a spacing of 0 mm in the header; {HOW_TO_ASSUME}.")
 
     def _load_frames(self, path: str | os.PathLike, ends: Sequence[int] | None) -> MetaTensor:
         """The frames of a 4-D file from source to target."""
@@ -260,21 +312,45 @@ class LoadCined(LoadSequencesd):
                 f"{path}: a single frame, no motion; give a 4-D file with the frames along its last axis, or two 3-D files, "
                 "end-diastole and end-systole."
             )
-        first, last = (0, count - 1) if ends is None else map(int, ends)
+        first, last, found_by = self._choose(cine, path, ends)
         if not (0 <= first < count and 0 <= last < count):
             raise ValueError(f"{path}: frames {first} and {last} wanted, it has 0 to {count - 1}; correct their numbers.")
         if first == last:
             raise ValueError(f"{path}: source and target are both frame {first}; give two different frames.")
         between = range(first, last + 1) if first < last else [*range(first, count), *range(last + 1)]
-        return cine[list(between)]
+        cine = cine[list(between)]
+        cine.meta |= {"source_frame": first, "target_frame": last, "frames_by": found_by}
+        return cine
+
+    @staticmethod
+    def _choose(cine: MetaTensor, path: str | os.PathLike, ends: Sequence[int] | None) -> tuple[int, int, str]:
+        """Numbers of source and target in a 4-D file, and what they are known by."""
+        if ends is not None:
+            return *map(int, ends), "given"
+        if len(cine) == 2 or stem_of(Path(path)).endswith("_ed2es"):
+            return 0, len(cine) - 1, "file"
+        try:
+            last, reason = find_end_systole(cine.as_tensor())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: it can't be told which frame is end-systole, {error}; give the numbers of end-diastole and "
+                'end-systole, from 0, by --ends "[0,9]", or for each file in a frames.csv beside it (file, ed, es).'
+            ) from None
+        logger.warning(
+            f"{path}: frame 0 of {len(cine)} is taken as end-diastole and frame {last} as end-systole, {reason}; "
+            "--ends or a frames.csv names others"
+        )
+        return 0, last, "found"
 
     def _describe(self, cine: MetaTensor, path: str | os.PathLike) -> None:
-        """Give a cine the spacing that it lacks, and what the results need to know of its time."""
+        """Give a cine the spacing that it lacks, if one is to be assumed, and what the results need to know of its time."""
         affine = cine.affine.numpy()
-        mended = assume_spacing(affine, cine.shape[1:], self.assumed_spacing)
-        if not np.allclose(mended, affine):
-            spacings = (" x ".join(f"{s:g}" for s in np.linalg.norm(a[:3, :3], axis=0).round(4)) for a in (affine, mended))
-            logger.warning("{}: lost spacing, {} mm in the header; {} mm is assumed".format(path, *spacings))
+        spacing = _millimetres(affine)
+        if self.assumed_spacing is None:
+            if lost_spacing(affine, cine.shape[1:]).any():
+                logger.warning(f"{path}: {spacing} in the header is taken as it is; if it was lost, {HOW_TO_ASSUME}")
+        elif not np.allclose(mended := assume_spacing(affine, cine.shape[1:], self.assumed_spacing), affine):
+            logger.warning(f"{path}: lost spacing, {spacing} in the header; {_millimetres(mended)} is assumed")
             if np.linalg.det(affine[:3, :3]) == 0:
                 cine.meta["original_affine"] = mended  # no other program could place results on a grid without extent
             cine.affine = torch.as_tensor(mended)

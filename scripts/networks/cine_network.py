@@ -88,6 +88,10 @@ class CineNet(nn.Module):
         """
         raise NotImplementedError
 
+    def refined_velocities(self, motion: Any, gammas: Sequence[float], whole: Tensor, refined: Tensor) -> Tensor:
+        """The same on the way of a refined velocity, (B, 1, 3, ...), that was ``whole`` before."""
+        return along(self.velocities(motion, gammas), whole, refined)
+
     def displacements(self, velocities: Tensor) -> Tensor:
         """Displacements (B, F, 3, H, W, D) in voxels of the images, of what :meth:`velocities` gives."""
         flat = to_displacement(velocities.flatten(0, 1), self.reduction, self.squarings)
@@ -112,9 +116,11 @@ class CineNet(nn.Module):
             refined = refine(whole, source, target, self.mismatch, self.displacements, self.refinement_steps)
         moved, fields = [gamma for gamma in gammas if gamma], []
         for i in range(0, len(moved), self.max_batch):
-            velocities = self.velocities(motion, moved[i : i + self.max_batch])
+            chunk = moved[i : i + self.max_batch]
             if self.refinement_steps:
-                velocities = along(velocities, whole, refined)
+                velocities = self.refined_velocities(motion, chunk, whole, refined)
+            else:
+                velocities = self.velocities(motion, chunk)
             fields += self.displacements(velocities)[..., : size[0], : size[1], : size[2]].unbind(1)
         still, rest = image.new_zeros(len(image), 3, *size, dtype=torch.float32), iter(fields)
         return torch.stack([next(rest) if gamma else still for gamma in gammas], dim=1)

@@ -79,7 +79,7 @@ def cohort(settings, tmp_path_factory) -> tuple[Path, Path, subprocess.Completed
     save_nifti(scans / "bad_label_ed_gt.nii.gz", labels[:-1, ..., 0], SPACING)
     save_nifti(scans / "bad_pair" / "x_ed.nii.gz", cine[..., 0], SPACING)
     save_nifti(scans / "bad_pair" / "x_es.nii.gz", cine[:-1, ..., -1], SPACING)
-    return scans, output, infer(settings, scans, output, "--num_frames", 4)
+    return scans, output, infer(settings, scans, output, "--num_frames", 4, "--assumed_spacing", "[1.5,1.5,10]")
 
 
 def test_good_cases_are_finished_although_others_fail(cohort):
@@ -164,7 +164,8 @@ def test_labels_are_warped_to_every_frame_and_shrink(cohort):
     assert (np.diff(volumes) < 0).all()
     (row,) = [row for row in rows_of(output / "results.csv") if row["case"] == "ras"]
     assert [row["lv_first_ml"], row["lv_last_ml"]] == [f"{volumes[0]:.1f}", f"{volumes[-1]:.1f}"]
-    assert float(row["folding_percent"]) == 0 and row["frames"] == "4"
+    assert float(row["ejection_fraction_percent"]) == pytest.approx(100 * (1 - volumes[-1] / volumes[0]), abs=0.06)
+    assert row["wall_thickening_percent"] and float(row["folding_percent"]) == 0 and row["frames"] == "4"
 
 
 def test_the_moving_picture_goes_there_and_back(cohort):
@@ -183,17 +184,27 @@ def test_a_report_shows_the_cohort(cohort):
 def test_evaluation_generates_as_many_frames_as_the_cine_has_and_writes_the_metrics(infer_here, tmp_path):
     cine, labels = make_cine(5)
     for end, k in (("ed", 0), ("es", 4)):
-        save_nifti(tmp_path / "scans" / "p1" / f"p1_{end}_gt.nii.gz", labels[..., k], SPACING)
-    save_nifti(tmp_path / "scans" / "p1" / "p1_ed2es.nii.gz", cine, SPACING)
+        save_nifti(tmp_path / "scans" / "p2" / f"p2_{end}_gt.nii.gz", labels[..., k], SPACING)
     save_nifti(tmp_path / "scans" / "p2" / "p2_ed2es.nii.gz", cine, SPACING)
+    save_nifti(tmp_path / "scans" / "p1" / "p1_ed2es.nii.gz", cine, SPACING)  # of the training section
     infer_here(tmp_path / "scans", tmp_path / "out", "evaluate")
     rows = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
-    assert list(rows) == ["p1", "mean", "std"] and rows["p1"]["frames"] == "5"
-    assert load(tmp_path / "out", "p1", "cine").shape == (32, 28, 6, 5)
+    assert list(rows) == ["p2", "mean", "std"] and rows["p2"]["frames"] == "5"
+    assert load(tmp_path / "out", "p2", "cine").shape == (32, 28, 6, 5)
     summary = json.loads((tmp_path / "out" / "metrics_summary.json").read_text(encoding="utf-8"))
     assert summary["num_cases"] == 1 and summary["lv_falls"] == 1
-    assert float(rows["p1"]["psnr"]) == pytest.approx(float(rows["p1"]["still_psnr"]) + float(rows["p1"]["psnr_gain"]))
+    assert float(rows["p2"]["psnr"]) == pytest.approx(float(rows["p2"]["still_psnr"]) + float(rows["p2"]["psnr_gain"]))
     assert Image.open(tmp_path / "out" / "lv_volume.png").format == "PNG"
+
+
+def test_a_cine_of_the_whole_cycle_is_evaluated_from_end_diastole_to_the_end_systole_that_was_found(infer_here, tmp_path):
+    cine = make_cine(6)[0][..., [0, 2, 5, 3, 1, 0]]  # end-systole is frame 2
+    path = save_nifti(tmp_path / "a.nii.gz", cine, SPACING)
+    infer_here(path, tmp_path / "out", "evaluate", section="all")
+    (row,) = rows_of(tmp_path / "out" / "results.csv")
+    assert [row[name] for name in ("frames", "source_frame", "target_frame", "frames_by")] == ["3", "0", "2", "found"]
+    assert rows_of(tmp_path / "out" / "metrics.csv")[0]["frames"] == "3"
+    assert load(tmp_path / "out", "a", "cine").shape == (32, 28, 6, 3)
 
 
 def test_frames_and_fractions_can_be_named(infer_here, tmp_path):
@@ -201,6 +212,16 @@ def test_frames_and_fractions_can_be_named(infer_here, tmp_path):
     infer_here(path, tmp_path / "out", ends=[1, 3], gammas=[0.0, 0.25, 1.0])
     cine = np.asarray(load(tmp_path / "out", "a", "cine").dataobj)
     assert cine.shape[-1] == 3 and np.array_equal(cine[..., 0], make_cine(5)[0][..., 1])
+    (row,) = rows_of(tmp_path / "out" / "results.csv")
+    assert [row[name] for name in ("source_frame", "target_frame", "frames_by")] == ["1", "3", "given"]
+
+
+def test_without_the_target_among_the_frames_there_is_no_ejection_fraction(infer_here, tmp_path):
+    save_nifti(tmp_path / "scans" / "a.nii.gz", make_cine(3)[0], SPACING)
+    save_nifti(tmp_path / "scans" / "a_ed_gt.nii.gz", make_cine(3)[1][..., 0], SPACING)
+    infer_here(tmp_path / "scans", tmp_path / "out", gammas=[0.0, 0.5])
+    (row,) = rows_of(tmp_path / "out" / "results.csv")
+    assert row["lv_last_ml"] and row["ejection_fraction_percent"] == row["wall_thickening_percent"] == ""
 
 
 def test_two_runs_give_the_same_bytes_and_a_third_one_has_nothing_left_to_do(infer_here, tmp_path, caplog):

@@ -9,9 +9,10 @@ import torch
 from conftest import make_cine, save_nifti
 from made_inputs import SECTIONS, table, touch
 
-from scripts.data.cines import LoadCined, assume_spacing, find_cines
+from scripts.data.cines import LoadCined, assume_spacing, find_cines, lost_spacing
 from scripts.data.cohort import CohortDataset
-from scripts.data.sections import section_of
+from scripts.data.sections import cine_section_of, section_of
+from scripts.tasks.motion.metrics import volume_curve
 from scripts.transforms import Spacingd
 
 # --- find_cines
@@ -65,6 +66,28 @@ def test_an_ending_in_capitals_is_known_and_what_is_passed_over_is_told_in_a_lin
     assert record.message == f"{tmp_path}: left out, as they have none of the layouts of a cine: p2, c.mha"
 
 
+def test_acdcs_own_file_given_alone_has_the_frames_and_labels_of_its_folder(tmp_path):
+    touch(tmp_path / "p1", "p1_4d.nii.gz", "p1_frame01_gt.nii.gz", "p1_frame12_gt.nii.gz", "p1_frame01.nii.gz")
+    (tmp_path / "p1" / "Info.cfg").write_text("ED: 1\nES: 12\n")
+    (whole,) = find_cines(tmp_path / "p1")
+    assert find_cines(tmp_path / "p1" / "p1_4d.nii.gz") == [{**whole, "case": "p1_4d"}] and whole["frames"] == (0, 11)
+    (other,) = find_cines(tmp_path / "p1" / "p1_frame01.nii.gz")
+    assert "frames" not in other and "label" not in other
+
+
+def test_one_bad_info_file_fails_with_its_own_case_alone(tmp_path):
+    for name, text in (("p1", "ED: 1\nES: 12\n"), ("p2", "ED: first\n")):
+        touch(tmp_path / name, f"{name}_4d.nii.gz")
+        (tmp_path / name / "Info.cfg").write_text(text)
+    good, bad = find_cines(tmp_path)
+    assert "failure" not in good and bad["failure"].startswith(f"{tmp_path / 'p2' / 'Info.cfg'}: needs the lines")
+    with pytest.raises(ValueError, match=r"p2/Info\.cfg: needs the lines"):
+        LoadCined("image")(bad)
+    for path in (tmp_path / "p2", tmp_path / "p2" / "p2_4d.nii.gz"):
+        with pytest.raises(ValueError, match=r"p2/Info\.cfg: needs the lines"):
+            find_cines(path)
+
+
 def test_cropped_acdc_goes_from_the_first_frame_to_the_last(tmp_path):
     touch(tmp_path / "p1", "p1_ed2es.nii.gz", "info.json", "p1_ed_gt.nii.gz", "p1_es_gt.nii.gz")
     (case,) = find_cines(tmp_path)
@@ -79,13 +102,15 @@ def test_two_files_of_a_folder_are_the_ends_of_a_cine(tmp_path):
     assert case["label"] == str(tmp_path / "a/x_ed_gt.nii.gz") and "target_label" not in case
 
 
-def test_files_of_a_flat_folder_go_from_the_first_frame_to_the_last_unless_a_table_says_which(tmp_path):
+def test_the_frames_of_a_file_in_a_flat_folder_are_left_to_be_found_unless_a_table_says_which(tmp_path):
     touch(tmp_path, "a.nii.gz", "b.nii", "b_ed_gt.nii.gz")
     a, b = find_cines(tmp_path)
     assert a == {"case": "a", "patient": "a", "image": str(tmp_path / "a.nii.gz")}
     assert b["image"] == str(tmp_path / "b.nii") and b["label"] == str(tmp_path / "b_ed_gt.nii.gz")
     table(tmp_path / "frames.csv", ("file", "ed", "es"), ("a.nii.gz", 0, 7), ("b.nii", 3, 1))
     assert [case["frames"] for case in find_cines(tmp_path)] == [(0, 7), (3, 1)]
+    assert find_cines(tmp_path / "a.nii.gz") == [{**a, "frames": (0, 7)}]
+    (tmp_path / "frames.csv").unlink()
     assert find_cines(tmp_path / "a.nii.gz") == [a]
 
 
@@ -111,13 +136,18 @@ def test_a_folder_without_cines_is_told_the_layouts(tmp_path, names):
         find_cines(tmp_path)
 
 
-def test_labelled_patients_of_cropped_acdc_are_the_test_and_no_others(tmp_path):
-    names = [f"p{i}" for i in range(60)]
-    for name in names:
-        touch(tmp_path / name, f"{name}_ed2es.nii.gz", *([f"{name}_ed_gt.nii.gz"] if name in ("p3", "p7") else []))
-    sections = {name: [case["case"] for case in find_cines(tmp_path, name)] for name in SECTIONS}
-    assert sections["test"] == ["p3", "p7"] and 2 <= len(sections["validation"]) <= 12
-    assert sorted(sum(sections.values(), [])) == sorted(names)
+def test_patients_of_acdc_have_the_sections_that_its_groups_share_in_whatever_layout(tmp_path):
+    for number in range(1, 101):
+        name = f"patient{number:03}"
+        if number % 2:
+            touch(tmp_path / name, f"{name}_ed2es.nii.gz", f"{name}_ed_gt.nii.gz", f"{name}_es_gt.nii.gz")
+        else:
+            touch(tmp_path / name, f"{name}_4d.nii.gz")
+            (tmp_path / name / "Info.cfg").write_text("ED: 1\nES: 12\n")
+    found = {section: {case["case"] for case in find_cines(tmp_path, section)} for section in SECTIONS}
+    for section, names in found.items():
+        assert all(cine_section_of(name) == section for name in names)
+    assert sum(map(len, found.values())) == 100
 
 
 def test_other_cines_are_split_by_the_hash_of_their_patients(tmp_path):
@@ -164,6 +194,48 @@ def test_for_training_all_frames_are_the_image(path):
     assert np.array_equal(data["image"].numpy(), np.moveaxis(make_cine()[0], -1, 0)[1:]) and "cine" not in data
 
 
+def beating(*shrunk):
+    """A noisy beating heart, a frame for each share by which its cavity has shrunk, 0 at end-diastole."""
+    cine = make_cine(11)[0][..., [round(10 * share) for share in shrunk]].astype(np.float32)
+    return cine + np.random.default_rng(1).normal(0, 5, cine.shape).astype(np.float32)
+
+
+CYCLE = (0, 0.2, 0.6, 1, 0.8, 0.5, 0.3, 0.1, 0)  # end-systole is frame 3
+
+
+def test_in_a_file_of_the_whole_cycle_the_farthest_frame_is_end_systole_and_the_frames_between_end_there(tmp_path, caplog):
+    cine = beating(*CYCLE)
+    path = save_nifti(tmp_path / "a.nii.gz", cine, SPACING)
+    with caplog.at_level(logging.WARNING):
+        data = LoadCined("image")({"image": path})
+    assert np.array_equal(data["cine"].numpy(), np.moveaxis(cine, -1, 0)[:4])
+    assert np.array_equal(data["image"].numpy(), np.moveaxis(cine, -1, 0)[[0, 3]])
+    meta = data["cine"].meta
+    assert [meta[name] for name in ("source_frame", "target_frame", "frames_by", "num_frames")] == [0, 3, "found", 4]
+    (told,) = caplog.messages
+    assert told.startswith(f"{path}: frame 0 of 9 is taken as end-diastole and frame 3 as end-systole, the farthest from")
+    assert LoadCined("image", frames="all")({"image": path})["image"].shape[0] == 4
+
+
+def test_frames_that_are_given_are_taken_whatever_the_file_looks_like(tmp_path, caplog):
+    path = save_nifti(tmp_path / "a.nii.gz", beating(*CYCLE), SPACING)
+    for loader, data in ((LoadCined("image", ends=(0, 5)), {}), (LoadCined("image"), {"frames": (0, 5)})):
+        meta = loader({"image": path, **data})["cine"].meta
+        assert [meta[name] for name in ("source_frame", "target_frame", "frames_by")] == [0, 5, "given"]
+    assert not caplog.messages
+
+
+def test_a_file_called_ed2es_ends_with_end_systole_though_another_frame_is_farther(tmp_path, caplog):
+    path = save_nifti(tmp_path / "p_ed2es.nii.gz", beating(0, 0.3, 0.7, 1, 0.4), SPACING)
+    meta = LoadCined("image")({"image": path})["cine"].meta
+    assert [meta[name] for name in ("source_frame", "target_frame", "frames_by")] == [0, 4, "file"] and not caplog.messages
+
+
+def test_where_end_systole_is_not_clear_the_file_and_the_settings_are_named(tmp_path):
+    path = save_nifti(tmp_path / "a.nii.gz", beating(0, 0, 0, 0, 0, 0), SPACING)
+    refuse(r'a\.nii\.gz: it can\'t be told .* by noise alone; give .* --ends "\[0,9\]", .*frames\.csv', path)
+
+
 def test_two_files_are_source_and_target(tmp_path):
     cine = make_cine()[0]
     paths = [save_nifti(tmp_path / f"{i}.nii.gz", cine[..., i], SPACING) for i in (0, 4)]
@@ -205,8 +277,10 @@ def test_frames_that_are_no_two_of_the_file_are_refused(path, frames, words):
 
 
 def test_equal_ends_are_refused(tmp_path):
-    still = make_cine()[0][..., [0, 1, 0]]
+    still = make_cine()[0][..., [0, 0]]
     refuse(r"a\.nii\.gz: source and target are the same", save_nifti(tmp_path / "a.nii.gz", still))
+    there_and_back = save_nifti(tmp_path / "d.nii.gz", make_cine()[0][..., [0, 1, 0]])
+    refuse(r"d\.nii\.gz: source and target are the same", there_and_back, frames=(0, 2))
     files = [save_nifti(tmp_path / name, still[..., 0]) for name in ("b.nii.gz", "c.nii.gz")]
     refuse(r"b\.nii\.gz: source and target are the same", files)
 
@@ -245,6 +319,7 @@ def test_settings_that_make_no_sense_are_refused():
 def test_only_a_lost_spacing_is_assumed(spacing, shape, expected):
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = (3, 4, 5)
+    assert lost_spacing(affine, shape).any() == (expected != spacing)
     mended = assume_spacing(affine, shape, (1.5, 1.6, 9))
     assert np.allclose(np.diag(mended)[:3], expected) and np.array_equal(mended[:3, 3], (3, 4, 5))
 
@@ -255,10 +330,13 @@ def test_directions_are_kept_where_a_spacing_is_assumed():
     assert np.allclose(mended[:3, :3], turned[:3, :3] * [1.5, 1.5, 1])
 
 
+ASSUMED = (1.5, 1.5, 10.0)
+
+
 def test_an_assumed_spacing_is_told_once_and_reaches_the_resampling_but_not_the_files_own_affine(tmp_path, caplog):
-    path = save_nifti(tmp_path / "a.nii.gz", make_cine()[0], THIN)
+    path = save_nifti(tmp_path / "a_ed2es.nii.gz", make_cine()[0], THIN)
     with caplog.at_level(logging.WARNING):
-        data = LoadCined("image")({"image": path})
+        data = LoadCined("image", assumed_spacing=ASSUMED)({"image": path})
     (warning,) = caplog.messages
     assert f"{path}: lost spacing, 1 x 1 x 10 mm in the header; 1.5 x 1.5 x 10 mm is assumed" == warning
     assert np.allclose(np.diag(data["image"].affine), [1.5, 1.5, 10, 1])
@@ -266,14 +344,27 @@ def test_an_assumed_spacing_is_told_once_and_reaches_the_resampling_but_not_the_
     assert Spacingd("image", pixdim=[3.0, 3.0, 5.0])(data)["image"].shape == (2, 16, 14, 11)
 
 
-def test_a_header_with_zeros_is_read_with_the_assumed_spacing(tmp_path):
+@pytest.mark.parametrize("spacing", [(1, 1, 8), (1, 1, 1)])
+def test_a_spacing_that_looks_lost_is_taken_as_it_is_unless_another_one_is_given(tmp_path, caplog, spacing):
+    path = save_nifti(tmp_path / "a_ed2es.nii.gz", make_cine()[0], np.diag([*spacing, 1.0]))
+    with caplog.at_level(logging.WARNING):
+        cine = LoadCined("image")({"image": path})["cine"]
+    assert np.allclose(np.diag(cine.affine)[:3], spacing)
+    label = make_cine()[1][None, ..., 0]
+    assert volume_curve(label, cine.affine) == pytest.approx([(label == 3).sum() * spacing[2] / 1000])
+    (told,) = caplog.messages
+    assert "mm in the header is taken as it is; if it was lost, give" in told and '--assumed_spacing "[1.5,1.5,10]"' in told
+
+
+def test_a_header_with_zeros_is_read_with_the_assumed_spacing_alone(tmp_path):
     path = save_nifti(tmp_path / "a.nii.gz", make_cine()[0], SPACING)
     image = nib.load(path)
     image.header["srow_x"] = image.header["srow_y"] = image.header["srow_z"] = 0
     image.header["pixdim"][1:4], image.header["vox_offset"] = 0, 352
     with open(tmp_path / "b.nii", "wb") as file:
         file.write(image.header.binaryblock + b"\0" * 4 + np.asarray(image.dataobj).tobytes("F"))
-    data = LoadCined("image")({"image": tmp_path / "b.nii"})
+    refuse(r"b\.nii: a spacing of 0 mm in the header; give .*--assumed_spacing", tmp_path / "b.nii")
+    data = LoadCined("image", assumed_spacing=ASSUMED)({"image": tmp_path / "b.nii"})
     assert np.allclose(np.diag(data["image"].affine), [1.5, 1.5, 10, 1])
     assert np.allclose(data["image"].meta["original_affine"], data["image"].affine)
     assert np.array_equal(data["cine"].numpy(), np.moveaxis(make_cine()[0], -1, 0))

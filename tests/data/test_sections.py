@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from made_inputs import SECTIONS
 
-from scripts.data.sections import checked_section, section_by_order, section_of, take_section
+from scripts.data.sections import checked_section, cine_section_of, section_by_order, section_of, take_section
 
 # --- section_by_order
 
@@ -92,3 +92,26 @@ def test_18_pictures_leave_no_section_empty(count):
 def test_29_patients_are_enough_in_19_of_20_cohorts():
     cohorts = [[{"case": f"{cohort}-{i}"} for i in range(29)] for cohort in range(400)]
     assert sum(not take_section(cases, "validation") for cases in cohorts) / 400 == pytest.approx(0.05, abs=0.02)
+
+
+# --- cine_section_of
+
+
+ACDC = [f"patient{number:03}" for number in range(1, 101)]  # twenty of each group, one after the other
+
+
+def test_of_each_group_of_acdc_four_patients_are_test_and_none_that_was_looked_at_before():
+    groups = [ACDC[first : first + 20] for first in range(0, 100, 20)]
+    test = [[name[-3:] for name in group if cine_section_of(name) == "test"] for group in groups]
+    assert [len(names) for names in test] == [4] * 5
+    assert test[1] == ["021", "026", "031", "035"], "for good, as weights have been trained on the others"
+    assert Counter(map(cine_section_of, ACDC)) == {"training": 63, "test": 20, "validation": 17}
+    former = [f"patient{number:03}" for number in (1, 2, 3, 6, 7, 8, 9, 10)]
+    assert {cine_section_of(name) for name in former} == {"validation"}
+
+
+def test_other_patients_of_cines_are_split_by_the_hash_alone():
+    assert all(cine_section_of(name) == section_of(name) for name in NAMES if len(name) != len("patient000"))
+    assert Counter(cine_section_of(f"heart{i}") for i in range(1000)) == Counter(
+        section_of(f"heart{i}") for i in range(1000)
+    )

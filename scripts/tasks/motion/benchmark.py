@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scripts.bundle import build_network, configuration
 from scripts.speed import Trial, compare
 
-__all__ = ["DenseCorrelation", "cine_benchmark"]
+__all__ = ["DenseCorrelation", "cine_benchmark", "control"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def cine_benchmark(
 ) -> list[dict]:
     """Work and speed of inference, see :func:`scripts.speed.compare`, and of a training step by the window.
 
-    ``without refinement`` does what the published procedure does; ``difference`` is the largest one of a frame from the
-    published one's, the source's range being 2.
+    ``without refinement`` does what the published procedure does; ``refinement alone`` is the control without a network, in
+    as many steps as the default. ``difference`` is the largest one of a frame from the published one's, the source's range
+    being 2.
 
     Args:
         bundle: folder of a bundle of cines.
@@ -69,7 +70,10 @@ def cine_benchmark(
         "cine",
         judge=difference,
         columns={"difference": ("largest difference", ".1e")},
-        others={"without refinement": build_network(bundle, amp=False, refinement_steps=0)},
+        others={
+            "without refinement": build_network(bundle, amp=False, refinement_steps=0),
+            "refinement alone": control(bundle).to(device),
+        },
     )
     rows = compare(networks, trial, device)
     trained, cine = parser.get_parsed_content("network_def").to(device).train(), cines[0].to(device)
@@ -79,6 +83,13 @@ def cine_benchmark(
         seconds.append(_seconds_of_training_step(trained, cine))
     logger.info(f"training step {seconds[0]:.3f} s, with a dense window {seconds[1] / seconds[0]:.2f} times as long")
     return rows
+
+
+def control(bundle: Path) -> nn.Module:
+    """The refinement alone with the settings of the bundle's inference, in 32 bits."""
+    parser = configuration(bundle, "inference", "evaluate_refinement")
+    parser["amp"] = False
+    return parser.get_parsed_content("network_def").eval()
 
 
 def _seconds_of_training_step(network: nn.Module, cine: Tensor, repeats: int = 3) -> float:

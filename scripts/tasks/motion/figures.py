@@ -12,6 +12,7 @@ from monai.config import NdarrayOrTensor, PathLike
 from monai.utils import convert_to_numpy
 from PIL import Image
 
+from scripts.data.cines import slice_axis
 from scripts.figures import save_figure
 
 __all__ = ["cine_animation", "cine_overview", "volume_curves"]
@@ -46,7 +47,7 @@ def cine_overview(
         num_columns: largest number of frames to show.
         spacing: size of a voxel along the three axes, in mm.
     """
-    slice_dim = _slice_axis(frames.shape[1:])
+    slice_dim = slice_axis(frames.shape[1:])
     cine = _frame_slices(frames, slice_dim)
     vectors = _frame_slices(displacement, slice_dim).reshape(len(cine), 3, *cine.shape[1:])
     lengths = np.linalg.norm(vectors, axis=1)
@@ -115,7 +116,7 @@ def cine_animation(
         height: of a slice, in pixels.
         milliseconds: time that a frame stays.
     """
-    slice_dim = _slice_axis(frames.shape[1:])
+    slice_dim = slice_axis(frames.shape[1:])
     sizes = [size for axis, size in enumerate(spacing) if axis != slice_dim] + [spacing[slice_dim]]
     rows = [_frame_slices(frames, slice_dim)]
     if real is not None and len(real) == len(frames):
@@ -162,11 +163,6 @@ def volume_curves(path: PathLike | BinaryIO, curves: Mapping[str, Sequence[float
     if len(curves) <= 12:
         axis.legend(fontsize=11)
     save_figure(figure, path)
-
-
-def _slice_axis(shape: Sequence[int]) -> int:
-    """The axis with the fewest voxels, of several the last."""
-    return 2 - int(np.argmin(tuple(shape)[::-1]))
 
 
 def _frame_slices(cine: NdarrayOrTensor, slice_dim: int) -> np.ndarray:

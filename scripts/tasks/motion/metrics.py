@@ -13,11 +13,22 @@ from monai.config import NdarrayOrTensor, PathLike
 from monai.utils import convert_to_numpy
 from skimage.metrics import peak_signal_noise_ratio
 
+from scripts.data.cines import slice_axis
 from scripts.files import written_aside
 from scripts.metrics import CohortMetrics, dice
 from scripts.tasks.motion.figures import volume_curves
 
-__all__ = ["CineMetrics", "STRUCTURES", "frame_errors", "second_difference", "structure_dice", "volume_curve"]
+__all__ = [
+    "CineMetrics",
+    "STRUCTURES",
+    "ejection_fraction",
+    "frame_errors",
+    "pumping",
+    "second_difference",
+    "structure_dice",
+    "volume_curve",
+    "wall_thickening",
+]
 
 STRUCTURES = {"rv": 1, "myo": 2, "lv": 3}  # ACDC's labels: right ventricle, myocardium, left ventricle
 
@@ -81,6 +92,47 @@ def volume_curve(labels: NdarrayOrTensor, affine: NdarrayOrTensor, value: int = 
     return [int(count) * voxel_ml for count in (torch.as_tensor(labels) == value).flatten(1).sum(dim=1)]
 
 
+def ejection_fraction(first_ml: float, last_ml: float) -> float:
+    """Share in percent of the volume at end-diastole that is gone at end-systole; NaN if there is none."""
+    return 100 * (first_ml - last_ml) / first_ml if first_ml else math.nan
+
+
+def wall_thickening(first: NdarrayOrTensor, last: NdarrayOrTensor) -> float:
+    """By how many percent the wall of the left ventricle is thicker in the last frame than in the first.
+
+    A slice's thickness is that of a ring with the areas that are labelled: sqrt((A_lv + A_myo) / pi) - sqrt(A_lv / pi). The
+    thickening is (T_last - T_first) / T_first, T being the mean over the slices in which both frames have both structures.
+    The pixels' size has no part in it.
+
+    Args:
+        first: label map of end-diastole (H, W, D), the axis with the fewest voxels (of several, the last) counting slices.
+        last: that of end-systole, on the same grid.
+
+    Returns:
+        in percent; NaN if no slice has both structures in both frames.
+    """
+    frames = torch.stack([torch.as_tensor(label).cpu() for label in (first, last)])
+    frames = frames.movedim(slice_axis(frames.shape[1:]) + 1, 1).flatten(2)
+    cavity, muscle = ((frames == STRUCTURES[name]).sum(dim=2).double() for name in ("lv", "myo"))
+    used = ((cavity > 0) & (muscle > 0)).all(dim=0)
+    thickness = ((cavity + muscle).sqrt() - cavity.sqrt())[:, used].mean(dim=1)  # NaN of no slice
+    return (100 * (thickness[1] / thickness[0] - 1)).item()
+
+
+def pumping(first: NdarrayOrTensor | None, last: NdarrayOrTensor | None, affine: NdarrayOrTensor) -> dict[str, float]:
+    """``ejection_fraction`` and ``wall_thickening`` in percent by the label maps of both ends, (1, H, W, D) each.
+
+    Args:
+        first: label map of end-diastole.
+        last: that of end-systole; if one of them is None, both figures are NaN.
+        affine: (4, 4), in mm.
+    """
+    if first is None or last is None:
+        return {"ejection_fraction": math.nan, "wall_thickening": math.nan}
+    volumes = [volume_curve(label, affine)[0] for label in (first, last)]
+    return {"ejection_fraction": ejection_fraction(*volumes), "wall_thickening": wall_thickening(first[0], last[0])}
+
+
 class CineMetrics(CohortMetrics):
     """Ignite handler that writes the evaluation of generated cines, see :class:`scripts.metrics.CohortMetrics`.
 
@@ -103,10 +155,14 @@ class CineMetrics(CohortMetrics):
     - ``folding_percent``: share of voxels that fold; ``roughness_mm``: mean second difference of the displacement along the
       frames;
     - ``lv_first_ml``, ``lv_last_ml``, ``lv_true_last_ml``: volumes of the left ventricle at the source, at the last frame,
-      and of the target's label map; ``lv_falls``: 1 if it never rises from one frame to the next, else 0.
+      and of the target's label map; ``lv_falls``: 1 if it never rises from one frame to the next, else 0;
+    - ``ejection_fraction_percent`` and ``wall_thickening_percent`` from the first frame to the last, by the labels that were
+      carried along, see :func:`ejection_fraction` and :func:`wall_thickening`; the same with ``true_``: by both ends' own
+      label maps; ``ejection_fraction_error``, ``wall_thickening_error``: the former less the latter, in percentage points.
 
     The figures of the cohort are the means (``lv_falls``: share of the cases), but for ``gap_closed``, which is that of the
-    mean Dice before and after, as the literature has it. ``lv_volume.png`` draws the volumes, a line a case.
+    mean Dice before and after, as the literature has it; the mean sizes of both errors are there too, as ``…_abs_error``.
+    ``lv_volume.png`` draws the volumes, a line a case.
 
     Args:
         output_dir: folder of the files, made if it is missing.
@@ -137,6 +193,7 @@ class CineMetrics(CohortMetrics):
             "folding_percent": 100 * case["folding"],
             "roughness_mm": second_difference(case["displacement"]),
             **self._volumes(case),
+            **_function(case),
         }
 
     def _overlap(self, case: Mapping[str, Any]) -> dict[str, float]:
@@ -166,13 +223,32 @@ class CineMetrics(CohortMetrics):
     def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
         figures = {name: value for name, value in mean.items() if name not in ("case", "frames")}
         gap_closed = _gap_closed(mean["dice_before"], mean["dice_after"])
-        return {"num_cases": len(self.rows), **figures, "gap_closed": gap_closed}
+        sizes = {
+            f"{name}_abs_error": _mean(abs(row[f"{name}_error"]) for row in self.rows)
+            for name in ("ejection_fraction", "wall_thickening")
+        }
+        return {"num_cases": len(self.rows), **figures, "gap_closed": gap_closed, **sizes}
 
     def _finish(self, engine: Engine) -> None:
         super()._finish(engine)
         if self.curves:
             with written_aside(self.figure_path) as aside:
                 volume_curves(aside, self.curves)
+
+
+def _function(case: Mapping[str, Any]) -> dict[str, float]:
+    """How well the heart pumps, by the carried labels and by the true ones."""
+    affine, label, target = case["cine"].affine, case.get("label"), case.get("target_label")
+    lasts = (case["labels"][-1:] if "labels" in case else None, target)
+    carried, true = (pumping(label, last, affine) for last in lasts)
+    row = {}
+    for name in carried:
+        row |= {
+            f"{name}_percent": carried[name],
+            f"true_{name}_percent": true[name],
+            f"{name}_error": carried[name] - true[name],
+        }
+    return row
 
 
 def _mean(values: Any) -> float:

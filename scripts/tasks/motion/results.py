@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from monai.transforms import Orientation
 
 from scripts.results import FolderSaver, millilitres, write_nifti
 from scripts.tasks.motion.figures import cine_animation, cine_overview
-from scripts.tasks.motion.metrics import volume_curve
+from scripts.tasks.motion.metrics import pumping, volume_curve
 from scripts.tasks.motion.transforms import turn_vectors
 
 __all__ = ["CineSaver"]
@@ -34,10 +35,12 @@ class CineSaver(FolderSaver):
     - ``_seg.nii.gz``: (H, W, D), uint8, from ``pred``: 1 where tissue moves;
     - ``_overview.png`` and ``_cine.gif``, see :mod:`scripts.tasks.motion.figures`.
 
-    A row in ``results.csv`` has the number of frames, the volume of what moves in ml, volumes of the left ventricle in the
-    first and the last frame (empty without labels), the largest displacement in mm, and the share of voxels in percent
-    that the displacement folds, in the frame with most of them. Where the header had lost its spacing, mm and ml of the row
-    are by the spacing that was assumed in its place.
+    A row in ``results.csv`` has the number of frames; which frames of the file source and target were, from 0, and by what
+    they are known, see :class:`scripts.data.cines.LoadCined` (empty of two files); the volume of what moves in ml; those of
+    the left ventricle in the first and the last frame, its ejection fraction and the thickening of its wall in percent, see
+    :func:`scripts.tasks.motion.metrics.pumping` (empty without labels); the largest displacement in mm; and the share of
+    voxels in percent that the displacement folds, in the frame with most of them. Where a spacing is assumed in place of the
+    header's, mm and ml of the row are by that.
 
     Args:
         output_dir: where to.
@@ -80,19 +83,35 @@ class CineSaver(FolderSaver):
                 turn_vectors(displacement.as_tensor(), directions.inverse()),
                 real=cine,
                 labels=upright(case["labels"].cpu()) if "labels" in case else None,
-                title=name,
+                title=", ".join([name, *self._told(case)]),
                 fractions=self.gammas,
                 spacing=spacing,
             )
             cine_animation(folder / f"{name}_cine.gif", frames, cine, spacing)
 
+    def _pumping(self, case: Mapping[str, Any]) -> dict[str, float]:
+        """Figures of the carried labels, NaN without them or if the frames don't go on to the target."""
+        arrives = "labels" in case and (self.gammas is None or self.gammas[-1] == 1)
+        return pumping(case.get("label"), case["labels"][-1:] if arrives else None, case["cine"].affine)
+
+    def _told(self, case: Mapping[str, Any]) -> list[str]:
+        """The same in words, with the figures of the true labels where there are any."""
+        true = pumping(case.get("label"), case.get("target_label"), case["cine"].affine)
+        return [
+            f"{name.replace('_', ' ')} {value:.0f} %" + ("" if math.isnan(true[name]) else f" (labels: {true[name]:.0f} %)")
+            for name, value in self._pumping(case).items()
+            if not math.isnan(value)
+        ]
+
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
         volumes = volume_curve(case["labels"].cpu(), case["cine"].affine) if "labels" in case else []
         return {
             "frames": str(len(case["frames"])),
+            **{name: str(case["cine"].meta.get(name, "")) for name in ("source_frame", "target_frame", "frames_by")},
             "moving_ml": f"{millilitres(case['pred']):.1f}",
             "lv_first_ml": f"{volumes[0]:.1f}" if volumes else "",
             "lv_last_ml": f"{volumes[-1]:.1f}" if volumes else "",
+            **{f"{name}_percent": "" if math.isnan(v) else f"{v:.1f}" for name, v in self._pumping(case).items()},
             "max_displacement_mm": f"{case['motion'].max().item():.2f}",
             "folding_percent": f"{100 * case['folding']:.4f}",
         }

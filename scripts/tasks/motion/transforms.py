@@ -124,11 +124,12 @@ class WarpSourced(MapTransform):
         keys: key of the displacement (3 F, H, W, D), in mm along the world's axes.
         cine_key: key of the cine (frames, H, W, D).
         label_key: key of the source's label map (1, H, W, D).
+        target_label_key: key of the target's, which only has to lie on the same grid.
         interpolation: of the source's intensities, ``bilinear`` or ``nearest``.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
-        ValueError: for another interpolation; with the file's name, if the label map lies on another grid.
+        ValueError: for another interpolation; with the file's name, if a label map lies on another grid.
     """
 
     def __init__(
@@ -136,13 +137,14 @@ class WarpSourced(MapTransform):
         keys: KeysCollection = "displacement",
         cine_key: str = "cine",
         label_key: str = "label",
+        target_label_key: str = "target_label",
         interpolation: str = "bilinear",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if interpolation not in ("bilinear", "nearest"):
             raise ValueError(f"interpolation must be bilinear or nearest, got {interpolation}.")
-        self.cine_key, self.label_key = cine_key, label_key
+        self.cine_key, self.label_key, self.target_label_key = cine_key, label_key, target_label_key
         with warnings.catch_warnings():  # that PyTorch's own sampling is used
             warnings.simplefilter("ignore")
             self.warp, self.warp_linearly = Warp(interpolation, "border"), Warp("bilinear", "border")
@@ -150,8 +152,9 @@ class WarpSourced(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         cine, label = d[self.cine_key], d.get(self.label_key)
-        if label is not None:
-            self._check_grid(label, cine)
+        for given in (label, d.get(self.target_label_key)):
+            if given is not None:
+                self._check_grid(given, cine)
         for key in self.key_iterator(d):
             millimetres = torch.as_tensor(d[key])
             fields = turn_vectors(millimetres.double(), cine.affine[:3, :3].double().inverse())

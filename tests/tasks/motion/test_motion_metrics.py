@@ -11,7 +11,15 @@ from conftest import make_cine, rows_of
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.tasks.motion.metrics import CineMetrics, frame_errors, second_difference, structure_dice, volume_curve
+from scripts.tasks.motion.metrics import (
+    CineMetrics,
+    ejection_fraction,
+    frame_errors,
+    second_difference,
+    structure_dice,
+    volume_curve,
+    wall_thickening,
+)
 
 AFFINE = np.diag([1.5, 2.0, 10.0, 1.0])
 
@@ -58,6 +66,31 @@ def test_volumes_are_in_ml_by_the_affine():
     assert volume_curve(labels, AFFINE) == pytest.approx([0.3, 0.12, 0])
 
 
+def test_the_ejection_fraction_is_the_share_that_is_gone():
+    assert ejection_fraction(120, 48) == 60 and ejection_fraction(50, 60) == -20
+    assert math.isnan(ejection_fraction(0, 0))
+
+
+def rings(*radii, slices=4, size=101):
+    """Label maps (size, size, slices) with a cavity and a wall of these inner and outer radii, a pair a slice."""
+    distance = np.hypot(*(np.mgrid[:size, :size] - size // 2))
+    label = np.zeros((size, size, slices), np.uint8)
+    for k, (inner, outer) in enumerate(radii):
+        label[..., k][distance < outer] = 2
+        label[..., k][distance < inner] = 3
+    return label
+
+
+@pytest.mark.parametrize("slice_dim", [0, 1, 2])
+def test_the_wall_thickens_by_the_thickness_of_rings_of_its_area_in_slices_that_both_frames_have(slice_dim):
+    first = rings((25, 35), (20, 30), (15, 25), (0, 12))  # 10 thick where there is a cavity
+    last = rings((20, 35), (14, 29), (0, 20), (10, 15))  # 15 thick in the two slices that count
+    first, last = (np.moveaxis(label, -1, slice_dim) for label in (first, last))
+    assert wall_thickening(first, last) == pytest.approx(50, abs=1.5)
+    assert wall_thickening(first, first) == 0
+    assert math.isnan(wall_thickening(first, np.zeros_like(first)))
+
+
 # --- CineMetrics
 
 
@@ -97,6 +130,9 @@ def test_labels_that_arrive_at_the_target_close_the_gap(tmp_path):
     volumes = volume_curve(case()["labels"], AFFINE)
     assert [row["lv_first_ml"], row["lv_last_ml"], row["lv_falls"]] == pytest.approx([volumes[0], volumes[-1], 1])
     assert row["lv_true_last_ml"] == pytest.approx(volumes[-1])
+    assert row["ejection_fraction_percent"] == row["true_ejection_fraction_percent"]
+    assert row["ejection_fraction_percent"] == pytest.approx(100 * (1 - volumes[-1] / volumes[0]))
+    assert row["wall_thickening_percent"] > 10 and row["wall_thickening_error"] == 0
     assert summary == {**json.loads((tmp_path / "metrics_summary.json").read_text(encoding="utf-8"))}
     assert Image.open(tmp_path / "lv_volume.png").format == "PNG"
 
@@ -116,6 +152,20 @@ def test_a_volume_that_rises_once_does_not_fall(tmp_path):
     labels = case()["labels"]
     summary, rows = evaluate(tmp_path, case("a"), case("b", labels=labels[[0, 2, 1, 3]]))
     assert [row["lv_falls"] for row in rows[:2]] == ["1", "0"] and summary["lv_falls"] == 0.5
+
+
+def test_errors_of_the_pumping_figures_are_signed_by_case_and_their_sizes_are_the_cohorts(tmp_path):
+    labels = case()["labels"]
+    too_little = case("a", labels=labels[[0, 1, 1, 1]])
+    too_much = case("b", target_label=labels[1:2])
+    summary, rows = evaluate(tmp_path, too_little, too_much)
+    errors = [float(row["ejection_fraction_error"]) for row in rows[:2]]
+    assert errors[0] < 0 and errors[1] == pytest.approx(-errors[0])
+    assert summary["ejection_fraction_error"] == pytest.approx(0, abs=1e-9)
+    assert summary["ejection_fraction_abs_error"] == pytest.approx(errors[1])
+    true = [float(row["true_ejection_fraction_percent"]) for row in rows[:2]]
+    volumes = volume_curve(labels, AFFINE)
+    assert true == pytest.approx([100 * (1 - volumes[k] / volumes[0]) for k in (3, 1)])
 
 
 def test_cases_without_labels_have_figures_of_their_frames_alone(tmp_path):

@@ -34,10 +34,10 @@ def test_a_source_without_grey_levels_is_refused():
         ScaleIntensityBySourced("image")({"image": MetaTensor(image)})
 
 
-def preprocessing(frames="ends"):
+def preprocessing(frames="ends", **settings):
     return Compose(
         [
-            LoadCined("image", frames=frames),
+            LoadCined("image", frames=frames, **settings),
             ScaleIntensityBySourced("image"),
             Orientationd("image", axcodes="RAS", labels=None),
             Spacingd("image", pixdim=[2.0, 2.0, 5.0]),
@@ -54,7 +54,7 @@ def test_a_cine_stored_with_other_axes_is_the_same_to_the_network(tmp_path, fram
 
 def test_the_preprocessing_can_be_undone_with_an_assumed_spacing_too(tmp_path):
     path = save_nifti(tmp_path / "a.nii.gz", make_cine()[0], THIN)
-    transform = preprocessing()
+    transform = preprocessing(assumed_spacing=(1.5, 1.5, 10.0))
     batch = next(iter(DataLoader(Dataset([{"image": path}], transform), batch_size=1)))
     (item,) = decollate_batch(batch)
     back = Invertd("image", transform, nearest_interp=False)(item)["image"]
@@ -107,10 +107,11 @@ def test_labels_stay_whole_numbers_on_their_way():
     assert data["labels"].dtype == torch.uint8 and torch.equal(data["labels"].as_tensor(), label.as_tensor().byte())
 
 
+@pytest.mark.parametrize("key", ["label", "target_label"])
 @pytest.mark.parametrize("wrong", ["shape", "axes"])
-def test_labels_on_another_grid_are_refused_with_their_file(wrong):
+def test_labels_on_another_grid_are_refused_with_their_file(wrong, key):
     label = volume(torch.zeros(1, 6, 5, 5 if wrong == "shape" else 4), filename_or_obj="p_ed_gt.nii.gz")
     if wrong == "axes":
         label.meta["original_affine"] = np.eye(4)
     with pytest.raises(ValueError, match=r"p_ed_gt\.nii\.gz: its grid of .* resample it"):
-        warped(torch.zeros(3, 6, 5, 4), label=label)
+        warped(torch.zeros(3, 6, 5, 4), **{key: label})
