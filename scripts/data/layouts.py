@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import os
 from collections import Counter
@@ -39,8 +40,32 @@ def nifti_of(folder: Path, stem: str) -> str | None:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, by name, without hidden files, macOS's ``._*`` beside each file among them, and the like."""
-    return [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in JUNK]
+    """What lies in a folder, by name, without hidden files, macOS's ``._*`` beside each file among them, and the like.
+
+    Names that are no text in the encoding of the locale are left out, with a warning: no table can hold them.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in JUNK]
+    odd = [path for path in paths if not _is_text(path.name)]
+    if odd:
+        names = shortened(ascii(path.name) for path in odd)
+        _warn_once(
+            f"{folder}: passed over, as their names are not in the encoding of the locale: {names}; rename them, or set "
+            "PYTHONUTF8=1"
+        )
+    return [path for path in paths if path not in odd]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def shortened(names: Iterable[str], most: int = 5) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import itk
@@ -190,6 +191,13 @@ def test_what_is_passed_over_is_told_in_a_line_and_notes_and_used_files_are_not(
         "and 2 more",
         f"{tmp_path}: left out, as no scans were found in them: empty",
     ]
+
+
+def test_a_name_in_another_encoding_is_passed_over_and_told_once(tmp_path, caplog):
+    touch(tmp_path, "Müller.nii", os.fsdecode("Jörg.nii".encode("latin-1")))
+    assert names_of(find_cases(tmp_path, SEQUENCES)) == ["Müller"]
+    (record,) = caplog.records
+    assert record.message.endswith(r"the encoding of the locale: 'J\udcf6rg.nii'; rename them, or set PYTHONUTF8=1")
 
 
 def test_results_beside_the_scans_are_no_scans(tmp_path):
