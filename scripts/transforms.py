@@ -16,6 +16,7 @@ from monai.transforms import (
     GaussianSmooth,
     InvertibleTransform,
     MapTransform,
+    Orientation,
     Resize,
     ResizeWithPadOrCrop,
     Spacing,
@@ -38,6 +39,7 @@ __all__ = [
     "Spacingd",
     "SplitPredictiond",
     "has_foreground",
+    "upright",
 ]
 
 
@@ -60,6 +62,11 @@ def with_meta(result: Tensor, like: MetaTensor, **meta: Any) -> MetaTensor:
     image = convert_to_dst_type(result, like, dtype=result.dtype)[0]
     image.meta.update(meta)
     return image
+
+
+def upright(image: MetaTensor) -> MetaTensor:
+    """An image (C, H, W, D) with its axes to the right, front and head (RAS): slices along the last one are axial."""
+    return Orientation(axcodes="RAS", labels=None)(image)
 
 
 class ScaleIntensityByForeground(Transform):
