@@ -212,7 +212,11 @@ class LoadSequencesd(MapTransform):
             ) from error
         if Path(path).expanduser().is_dir():
             series = read_series(path)  # refuses what ITK reads without a word, though it isn't one series
-            image.meta["0008|0060"] = str(series[0].get("Modality") or "")  # as ITK tells it of a single file
+            # as ITK tells them of a single file
+            image.meta |= {
+                "0008|0060": series[0].get("Modality") or "",
+                "0028|0100": str(series[0].get("BitsAllocated", "")),
+            }
         voxels = image.as_tensor()
         if not self.min_ndim <= voxels.ndim - 1 <= 3:
             wanted = "3-D" if self.min_ndim == 3 else "2-D or 3-D"
