@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import itk
+from monai.utils import ensure_tuple
 
 from scripts.data.sections import section_by_order, take_section
 
@@ -28,6 +29,12 @@ def nifti_of(folder: Path, stem: str) -> str | None:
     return next((str(folder / (stem + e)) for e in NIFTI if (folder / (stem + e)).is_file()), None)
 
 
+def file_or_files(folder: Path, stem: str) -> str | list[str] | None:
+    """The NIfTI file of this name; of two (``.nii`` and ``.nii.gz``) both, which reading a mask refuses."""
+    found = [str(folder / (stem + ending)) for ending in NIFTI if (folder / (stem + ending)).is_file()]
+    return found if len(found) > 1 else next(iter(found), None)
+
+
 def _is_dicom(path: Path) -> bool:
     """Whether a file is DICOM, by its ending or, as scanners like to give none, by its first bytes."""
     if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
@@ -45,7 +52,11 @@ def _patient(folder: Path, sequences: Sequence[str], label: str) -> dict | None:
     images = [nifti_of(folder, f"{folder.name}_{sequence}") for sequence in sequences]
     if any(images):
         case = {"case": folder.name, "image": images}
-        mask = nifti_of(folder, f"{folder.name}_{label}")
+        if twins := next(
+            (two for s in sequences if isinstance(two := file_or_files(folder, f"{folder.name}_{s}"), list)), None
+        ):
+            case["failure"] = f"{' and '.join(twins)}: two files of one sequence; remove or rename one"
+        mask = file_or_files(folder, f"{folder.name}_{label}")
         return {**case, "label": mask} if mask else case
     if any(_is_dicom(path) for path in folder.iterdir()):
         return {"case": folder.name, "image": str(folder)}
@@ -55,7 +66,10 @@ def _patient(folder: Path, sequences: Sequence[str], label: str) -> dict | None:
 def _pictures(folder: Path, label: str) -> list[dict]:
     """Cases of the pictures that lie directly in a folder; ``<stem>_<label>`` with any picture's ending is a mask."""
     paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file()]
-    masks = {stem_of(p): str(p) for p in paths if stem_of(p).endswith(f"_{label}")}
+    masks: dict[str, str | list[str]] = {}
+    for path in (p for p in paths if stem_of(p).endswith(f"_{label}")):
+        twin = masks.get(stem_of(path))
+        masks[stem_of(path)] = [*ensure_tuple(twin), str(path)] if twin else str(path)
     cases = [{"case": stem_of(p), "image": str(p)} for p in paths if stem_of(p) not in masks]
     return [{**c, "label": masks[f"{c['case']}_{label}"]} if f"{c['case']}_{label}" in masks else c for c in cases]
 
@@ -116,7 +130,7 @@ def find_cases(
             case = _patient(path, sequences, label)
             (volumes if case else others).append(case or path)
         elif path.name.endswith(NIFTI) and not stem_of(path).endswith(f"_{label}"):
-            mask = nifti_of(root, f"{stem_of(path)}_{label}")
+            mask = file_or_files(root, f"{stem_of(path)}_{label}")
             volumes.append({"case": stem_of(path), "image": str(path), **({"label": mask} if mask else {})})
     flat = _pictures(root, label) if pictures else []
     if pictures and not volumes and not flat:

@@ -152,6 +152,9 @@ class SliceDataset(Dataset):
         for case in tqdm(data, desc="reading cases", disable=None):
             # MONAI Label's cases are {"image", "label"} without a name
             name = case.get("case") or Path(next(filter(None, ensure_tuple(case["image"])))).name
+            if "failure" in case:
+                failures.append(f"{name}: {case['failure']}")
+                continue
             try:
                 slices = transform({**case, "case": name})
             except Exception as error:
