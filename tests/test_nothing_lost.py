@@ -10,12 +10,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BRAIN, HEAD_CT, files_below, make_ct_slice, make_head, rows_of, run_forked, save_nifti, save_patient
+from conftest import (
+    BRAIN,
+    CARDIAC,
+    HEAD_CT,
+    files_below,
+    make_ct_slice,
+    make_head,
+    rows_of,
+    run_forked,
+    save_nifti,
+    save_patient,
+)
 from ignite.engine import Engine
 from monai.transforms import Compose
 from PIL import Image
 
 import scripts.files
+from scripts.__main__ import draw
 from scripts.data.cohort import CohortDataset, generated_cases, unfinished
 from scripts.data.labels import LoadLabelsd
 from scripts.data.layouts import find_cases
@@ -323,6 +335,13 @@ def test_a_package_is_made_again_but_never_over_weights_that_were_trained_in_it(
     with pytest.raises(ValueError, match="model.pt: is not replaced"):
         package(BRAIN, tmp_path)
     assert weights.read_bytes() == b"trained for days"
+
+
+def test_a_drawn_scan_takes_the_place_of_no_file(tmp_path):
+    (tmp_path / "scan.nii.gz").write_text("mine")
+    with pytest.raises(SystemExit, match="scan.nii.gz: is there already, and is not replaced; name another file"):
+        draw(CARDIAC.name, str(tmp_path / "scan.nii.gz"))
+    assert (tmp_path / "scan.nii.gz").read_text() == "mine"
 
 
 # --- two files where one is wanted
