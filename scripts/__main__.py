@@ -162,10 +162,12 @@ def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
 
     Args:
         name: bundle.
-        path: file to write, .nii.gz.
+        path: file to write, .nii.gz, which must not be there yet.
         seed: seed of the noise.
         num_slices: number of slices.
     """
+    if Path(path).exists():
+        sys.exit(f"{path}: is there already, and is not replaced; name another file")
     meta = json.loads((_bundle(name) / "configs" / "metadata.json").read_text(encoding="utf-8"))
     if "source" in meta["network_data_format"]["inputs"]["image"]["channel_def"].values():
         draw_cine(Path(path), num_slices, seed)

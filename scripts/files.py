@@ -6,6 +6,7 @@ import csv
 import getpass
 import glob
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -16,7 +17,18 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["files_written_aside", "locked", "recorded_files", "sha256_of", "written_aside"]
+__all__ = [
+    "check_own",
+    "files_written_aside",
+    "locked",
+    "own_file",
+    "own_tree",
+    "recorded_files",
+    "sha256_of",
+    "written_aside",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def locked(path: str | Path) -> FileLock:
@@ -72,15 +84,97 @@ def files_written_aside(folder: str | Path) -> Iterator[Path]:
         _remove(aside)
 
 
+@contextmanager
+def own_file(path: str | Path, keep: bool = False) -> Iterator[Path]:
+    """:func:`written_aside` of one file, which replaces none but the program's own, as it wrote it.
+
+    ``<name of the folder>_files.csv`` beside it lists it with its hash.
+
+    Args:
+        path: the file.
+        keep: copy somebody else's file to ``<name>.<first 12 digits of its SHA-256>``, and replace it then.
+
+    Raises:
+        ValueError: if the file is somebody else's, unless it is kept; nothing is changed then.
+    """
+    path = Path(path).absolute()
+    if not keep:
+        check_own(path)
+    with written_aside(path) as aside:
+        yield aside
+        new = (path.name, sha256_of(aside))
+        with locked(path.parent):
+            _keep(path) if keep else check_own(path)
+            # both, so that whichever a killed process leaves is known
+            _write_record(_record_of(path.parent), {*recorded_files(path.parent), new})
+    with locked(path.parent):
+        others = {(name, sha256) for name, sha256 in recorded_files(path.parent) if name != path.name}
+        _write_record(_record_of(path.parent), {*others, new})
+
+
+def check_own(*paths: str | Path) -> None:
+    """Refuse to replace a file that was not written by :func:`own_file` or :func:`files_written_aside`, or changed since.
+
+    Raises:
+        ValueError: naming the file and the mend.
+    """
+    for path in (Path(path).absolute() for path in paths):
+        if os.path.lexists(path) and not _is_as_recorded(path, recorded_files(path.parent)):
+            raise ValueError(_not_replaced(path))
+
+
+def _keep(path: Path) -> None:
+    """Copy a file that is somebody else's, before it is replaced."""
+    if not path.is_file() or _is_as_recorded(path, recorded_files(path.parent)):
+        return
+    kept = path.with_name(f"{path.name}.{sha256_of(path)[:12]}")
+    if not kept.exists():
+        with written_aside(kept) as aside:
+            shutil.copy2(path, aside)
+    logger.warning(f"{path}: was not written by this program, and is replaced; its content is kept as {kept.name}")
+
+
+@contextmanager
+def own_tree(folder: str | Path) -> Iterator[Path]:
+    """:func:`written_aside` of a folder with all below it, which replaces none but one that the program wrote just so.
+
+    ``<name of the folder>_files.csv`` beside it lists all its files with their hashes.
+
+    Raises:
+        ValueError: naming a file in the folder that was changed, added or never recorded; nothing is changed then.
+    """
+    folder = Path(folder).absolute()
+    record = folder.with_name(f"{folder.name}_files.csv")
+    recorded = _recorded(record)
+    for name, sha256 in _files_below(folder):
+        if (name, sha256) not in recorded:
+            raise ValueError(_not_replaced(folder / name))
+    with written_aside(folder) as aside:
+        yield aside
+        written = _files_below(aside)
+        _write_record(record, {*recorded, *written})
+    _write_record(record, written)
+
+
+def _files_below(folder: Path) -> list[tuple[str, str]]:
+    """Path and SHA-256 of all files below a folder, but for what Python leaves behind."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "__pycache__"]
+    return [(path.relative_to(folder).as_posix(), sha256_of(path)) for path in paths]
+
+
+def _not_replaced(path: Path) -> str:
+    return (
+        f"{path}: is not replaced, as it was changed or not written by this program; move it elsewhere, or choose another "
+        "folder for what is to be written"
+    )
+
+
 def _merge(aside: Path, folder: Path, written: dict[str, str]) -> None:
     """Move files into a folder that is there already."""
     recorded = recorded_files(folder)
     for name in written:
         if os.path.lexists(folder / name) and not _is_as_recorded(folder / name, recorded):
-            raise ValueError(
-                f"{folder / name}: is not replaced, as it was changed or not written by this program; move it elsewhere, "
-                "or choose another --output_dir"
-            )
+            raise ValueError(_not_replaced(folder / name))
     # both, so that whichever files a killed process leaves are known
     _write_record(_record_of(folder), {*recorded, *written.items()})
     for name in {name for name, _ in recorded} - written.keys():
@@ -92,8 +186,11 @@ def _merge(aside: Path, folder: Path, written: dict[str, str]) -> None:
 
 
 def recorded_files(folder: Path) -> set[tuple[str, str]]:
-    """Name and SHA-256 of the files that :func:`files_written_aside` wrote into a folder; none without its record."""
-    record = _record_of(folder)
+    """Name and SHA-256 of the files that the program wrote into a folder; none without its record."""
+    return _recorded(_record_of(folder))
+
+
+def _recorded(record: Path) -> set[tuple[str, str]]:
     if not record.is_file():
         return set()
     with open(record, newline="", encoding="utf-8", errors="replace") as file:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from scripts.files import written_aside
+from scripts.files import own_file, written_aside
 
 __all__ = ["Calibration", "ModelSaver", "ProgressBar", "TrainingCheckpoint"]
 
@@ -52,12 +52,14 @@ class TrainingCheckpoint:
         """Load the state, if there is one.
 
         Raises:
-            ValueError: if the epochs have another length than when the state was saved.
+            ValueError: if the file is something else, or the epochs have another length than when the state was saved.
         """
         if not self.path.is_file():
             return
         # every state goes from the CPU to where it belongs; the optimizer's counts stay there
         state = torch.load(self.path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"epoch_length", "iteration", *self.objects} <= state.keys():
+            raise ValueError(f"{self.path}: is no state of such a training; move it elsewhere, or choose another --ckpt_dir")
         if state["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
                 f"{self.path} was saved with {state['epoch_length']} iterations an epoch, this training has "
@@ -113,7 +115,9 @@ class Calibration:
 class ModelSaver:
     """Write the averaged weights as the bundle's ``model.pt``: a plain state dict, CPU tensors only, in half precision.
 
-    A tensor that half precision can't hold stays as it is, such as the counts of a codebook, which may exceed 65,504.
+    A tensor that half precision can't hold stays as it is, such as the counts of a codebook, which may exceed 65,504. A file
+    of that name that no training wrote, such as the bundle's shipped weights, is kept as ``model.pt.<hash>``, the first 12
+    digits of its SHA-256, by which ``results.csv`` calls weights; see :func:`scripts.files.own_file`.
 
     Args:
         path: the file.
@@ -139,7 +143,7 @@ class ModelSaver:
                 f"{self.path} is not written: {', '.join(faulty)} would hold values that are not finite; "
                 "train with a smaller --learning_rate"
             )
-        with written_aside(self.path) as aside:
+        with own_file(self.path, keep=True) as aside:
             torch.save(state, aside)
 
 

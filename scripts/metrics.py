@@ -18,7 +18,7 @@ from monai.config import NdarrayOrTensor, PathLike
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_dice
 
-from scripts.files import written_aside
+from scripts.files import check_own, own_file
 
 __all__ = ["CohortMetrics", "dice"]
 
@@ -59,17 +59,24 @@ class CohortMetrics:
     def __init__(self, output_dir: PathLike, filename: str = "metrics.csv") -> None:
         self.table_path = Path(output_dir) / filename
         self.summary_path = self.table_path.with_name(f"{self.table_path.stem}_summary.json")
+        self.paths = [self.table_path, self.summary_path]
         self._reset()
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI evaluator.
 
         Args:
-            engine: evaluator whose postprocessing yields the dicts that the subclass describes.
+            engine: evaluator whose postprocessing yields the dicts that the subclass describes; as it starts, a ValueError
+                names a file that would be replaced and is somebody else's.
         """
+        engine.add_event_handler(Events.STARTED, self._check_own)
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _check_own(self) -> None:
+        """Refuse before the first case to replace somebody else's file."""
+        check_own(*self.paths)
 
     def _reset(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -103,7 +110,7 @@ class CohortMetrics:
         writer.writerows(self.rows + statistics)
         finite = {key: value if math.isfinite(value) else None for key, value in summary.items()}  # JSON has no NaN
         for path, text in ((self.table_path, table.getvalue()), (self.summary_path, json.dumps(finite, indent=4) + "\n")):
-            with written_aside(path) as aside:
+            with own_file(path) as aside:
                 aside.write_text(text, encoding="utf-8")
         figures = "\n".join(f"  {key:<24} {value:.4g}" for key, value in summary.items())
         logger.info(f"Evaluation of {len(self.rows)} case(s), by case in {self.table_path}:\n{figures}")

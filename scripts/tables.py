@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.files import written_aside
+from scripts.files import own_file
 
 __all__ = ["markdown_table", "mean_and_std", "write_rows"]
 
@@ -22,7 +22,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     writer = csv.DictWriter(table, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with written_aside(path) as aside:
+    with own_file(path) as aside:
         aside.write_text(table.getvalue(), encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from monai.transforms import (
     GaussianSmooth,
     InvertibleTransform,
     MapTransform,
+    Orientation,
     Resize,
     ResizeWithPadOrCrop,
     Spacing,
@@ -25,6 +26,8 @@ from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple_rep
 from skimage.filters import threshold_otsu
 from torch import Tensor
+
+from scripts.units import told_units
 
 __all__ = [
     "FitSlicesd",
@@ -38,6 +41,7 @@ __all__ = [
     "Spacingd",
     "SplitPredictiond",
     "has_foreground",
+    "upright",
 ]
 
 
@@ -60,6 +64,11 @@ def with_meta(result: Tensor, like: MetaTensor, **meta: Any) -> MetaTensor:
     image = convert_to_dst_type(result, like, dtype=result.dtype)[0]
     image.meta.update(meta)
     return image
+
+
+def upright(image: MetaTensor) -> MetaTensor:
+    """An image (C, H, W, D) with its axes to the right, front and head (RAS): slices along the last one are axial."""
+    return Orientation(axcodes="RAS", labels=None)(image)
 
 
 class ScaleIntensityByForeground(Transform):
@@ -148,9 +157,8 @@ class ScaleIntensityByWindow(Transform):
 
     Args:
         window: the values lo and hi, in Hounsfield units, that become ``darkest`` and 1; what lies outside is clipped.
-        units: ``hounsfield``; ``grey``, 0 to 255, clipped; or ``auto``, which is ``hounsfield`` if any voxel is negative,
-            else ``grey``: 8-bit pictures have no negative values, and a CT in Hounsfield units always shows air. A CT
-            without it, such as a brain cut out of its skull, needs ``hounsfield`` said.
+        units: ``hounsfield``; ``grey``, 0 to 255, clipped; or ``auto``, as the file tells it
+            (:func:`scripts.units.told_units`).
         darkest: grey level of what lies at or below the window, in [0, 1).
 
     Raises:
@@ -174,13 +182,11 @@ class ScaleIntensityByWindow(Transform):
             float32, same shape, in [0, 1].
 
         Raises:
-            ValueError: with the file's name, if grey levels exceed 255.
+            ValueError: with the file's name, if grey levels exceed 255, or the units can't be told.
         """
         image = convert_to_tensor(img, dtype=torch.float32, track_meta=True)
         voxels = image.as_tensor()
-        units = self.units
-        if units == "auto":
-            units = "hounsfield" if voxels.min() < 0 else "grey"
+        units = told_units(image) if self.units == "auto" else self.units
         if units == "grey" and voxels.max() > 255:
             raise ValueError(
                 f"{image.meta.get('filename_or_obj', 'image')}: grey levels up to {voxels.max():g}, pictures have 0 to 255; "

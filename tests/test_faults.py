@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import (
     BRAIN,
+    BUNDLES,
     FORKSERVER,
     HEAD_CT,
     files_below,
@@ -36,17 +37,22 @@ from conftest import (
 )
 from ignite.engine import Engine
 from made_inputs import save_series
+from monai.bundle import ConfigParser
 from monai.handlers import CheckpointLoader
+from monai.utils import ensure_tuple
 from PIL import Image
 from small_runs import FEW_LEVELS
 from torch import nn
 
 from scripts.bundle import build_network
+from scripts.data.cohort import unfinished
+from scripts.data.layouts import find_cases
 from scripts.handlers import TrainingCheckpoint
 from scripts.networks.latent_anomaly import LatentAnomalyNet
 
 LONG = bool(os.environ.get("STRESS"))
 COHORT_KILLS, TRAINING_KILLS, NUM_DAMAGED = (12, 6, 1000) if LONG else (2, 1, 60)
+NUM_TOLD, NUM_TYPOS, NUM_FOLDERS = (60, 500, 500) if LONG else (6, 40, 40)
 MEMORY = 6 * 2**30  # bytes that a run on damaged files may take
 
 QUICK = {
@@ -137,9 +143,10 @@ def test_a_training_that_is_killed_at_random_moments_ends_with_the_same_weights(
         return start(BRAIN, "configs/train.json", tmp_path / "log", ckpt_dir=str(folder), **settings)
 
     undisturbed, killed = kill_and_resume(begin, tmp_path / "weights", TRAINING_KILLS)
-    expected = files_below(undisturbed)
-    assert set(expected) == {"model.pt", "checkpoint.ckpt"}
-    assert all(files_below(folder) == expected for folder in killed)
+    expected, *others = (list(files_below(folder).values()) for folder in (undisturbed, *killed))
+    names = {"model.pt", "checkpoint.ckpt"}
+    assert all({*files_below(f)} == {*names, f"{f.name}_files.csv"} for f in (undisturbed, *killed))
+    assert all(sorted(found) == sorted(expected) for found in others)
     print(f"training was killed {TRAINING_KILLS} times in {len(killed)} trainings, all like an undisturbed one")
 
 
@@ -308,9 +315,25 @@ def odd_picture(rng, path):
     path.with_name(f"{path.name}.{kind}").write_bytes(data)
 
 
+def odd_mask(rng, path):
+    """A sound scan with a mask that is of another place, of no whole numbers, or there twice."""
+    scan, mask = make_head(num_slices=2)
+    save_nifti(path.with_name(path.name + ".nii.gz"), scan[..., 0])
+    elsewhere = np.diag([2.0, 2.0, 5.0, 1.0])
+    elsewhere[rng.integers(3), 3] = rng.choice([-1, 1]) * 10.0 ** rng.integers(1, 4)
+    kind = rng.integers(4)
+    save_nifti(
+        path.with_name(f"{path.name}_seg.nii.gz"),
+        mask * rng.uniform(0.1, 0.9) if kind == 0 else mask[: rng.choice([20, 64, 128])],
+        elsewhere if kind == 1 else np.eye(4) if kind == 2 else None,
+    )
+    if kind == 3:
+        save_nifti(path.with_name(f"{path.name}_seg.nii"), mask)
+
+
 DAMAGES = {
     BRAIN: [odd_header, wrong_voxels, flipped_header, odd_series] * 2
-    + [odd_header, flipped_nifti, flipped_archive, cut_nifti, wrong_ending, odd_header, odd_header],
+    + [odd_header, flipped_nifti, flipped_archive, cut_nifti, wrong_ending, odd_mask, odd_header],
     HEAD_CT: [odd_picture, odd_header, odd_picture, wrong_voxels, odd_series, odd_picture, cut_nifti, wrong_ending],
 }
 
@@ -346,6 +369,140 @@ def test_every_damaged_scan_of_a_cohort_gives_a_result_or_one_line_that_names_it
         assert found == {f"{case}_{ending}.nii.gz" for ending in ("seg", "map", "healthy")}
         assert not [name for name in found if not np.isfinite(nib.load(output / case / name).get_fdata()).all()]
     print(f"{bundle.name}: {len(names)} damaged scans, {len(finished)} results, {len(reasons)} refused")
+
+
+# --- mistakes of users: what is told otherwise is the same, or refused
+
+
+def stored_otherwise(rng, image):
+    """With other axes, and the affine that says so."""
+    axes = rng.permutation(3)
+    codes = [("LR", "PA", "IS")[axis][rng.integers(2)] for axis in axes]
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes))
+    return image.as_reoriented(turn)
+
+
+def in_another_unit(rng, image):
+    """In metres or microns, and the header that says so."""
+    unit, factor = [("meter", 1e-3), ("micron", 1e3)][rng.integers(2)]
+    told = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([factor, factor, factor, 1]) @ image.affine)
+    told.header.set_xyzt_units(unit)
+    return told
+
+
+def with_a_bad_sform(rng, image):
+    """With an sform of another spacing than the qform and the voxels have."""
+    told = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    told.set_qform(image.affine, code=1)
+    told.set_sform(image.affine @ np.diag([*rng.uniform(1.5, 3, 3), 1]), code=2, update_affine=False)
+    return told
+
+
+def with_a_bad_pixdim(rng, image):
+    """With a spacing beside the sform that is not its own."""
+    told = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    told.header["pixdim"][1:4] = rng.uniform(0.5, 3, 3)
+    return told
+
+
+def in_rounded_numbers(rng, image):
+    """Whole numbers that a file of floating-point ones has rounded."""
+    voxels = np.asarray(image.dataobj).astype(np.float32)
+    return nib.Nifti1Image(voxels - np.float32(1e-6) * (voxels > 0), image.affine)
+
+
+def test_what_is_only_told_otherwise_gives_the_same_figures(tmp_path):
+    """Scans and masks in other axes, units and numbers have the Dice, the volumes and the scores of sound ones."""
+    scans = (stored_otherwise, in_another_unit, with_a_bad_sform, with_a_bad_pixdim)
+    masks = (stored_otherwise, in_another_unit, in_rounded_numbers)
+    for number in range(NUM_TOLD):
+        rng = np.random.default_rng(number)
+        voxels, mask = make_head(num_slices=2, num_sequences=1, seed=number % 3)
+        for kind, told in (("sound", False), ("told", True)):
+            for ending, array, ways in (("", voxels[..., 0], scans), ("_seg", mask, masks)):
+                image = nib.Nifti1Image(array, np.diag([2.0, 2.0, 5.0, 1.0]))
+                image = ways[(number + bool(ending)) % len(ways)](rng, image) if told else image
+                path = tmp_path / kind / f"{number:04}{ending}.nii.gz"
+                path.parent.mkdir(exist_ok=True)
+                nib.save(image, path)
+    tables = {}
+    for kind in ("sound", "told"):
+        paths = {"dataset_dir": str(tmp_path / kind), "output_dir": str(tmp_path / f"{kind}_out"), "section": "all"}
+        found = {"gate": False, "threshold": 0.02, "min_volume": 0, "handlers#0#picture": False}
+        config = "['configs/inference.json','configs/evaluate.json']"
+        process = start(BRAIN, config, tmp_path / "log", **{**QUICK[BRAIN], **paths, **found})
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()[-5000:]
+        tables[kind] = [rows_of(tmp_path / f"{kind}_out" / name) for name in ("results.csv", "metrics.csv")]
+    assert all(float(row["finding_ml"]) > 0 for row in tables["sound"][0]), "there is something to compare"
+    for sound, told in zip(*tables.values(), strict=True):
+        assert len(sound) == len(told) >= NUM_TOLD and "nan" not in sound[0].values()
+        for one, other in zip(sound, told, strict=True):
+            figures = [key for key in one if key not in ("case", "seconds", "arithmetic", "bundle", "version", "weights")]
+            for key in figures:
+                assert float(other[key]) == pytest.approx(float(one[key]), rel=2e-3, abs=5e-5), (one["case"], key)
+    print(f"{NUM_TOLD} scans and masks that were told otherwise have the figures of sound ones")
+
+
+def test_every_misspelt_setting_is_refused_with_the_name_that_was_meant_or_none(monkeypatch):
+    """A letter lost, doubled, swapped or changed in the name of any setting of any bundle."""
+    monkeypatch.chdir(BRAIN)
+    rng, refused, meant = np.random.default_rng(0), 0, 0
+    for number in range(NUM_TYPOS):
+        bundle = BUNDLES[number % len(BUNDLES)]
+        parser = ConfigParser()
+        parser.read_config(bundle / "configs" / "inference.json")
+        names = [name for name, value in parser.config.items() if isinstance(value, (int, float)) and len(name) > 4]
+        name = names[rng.integers(len(names))]
+        place, letter = int(rng.integers(1, len(name) - 1)), chr(rng.integers(97, 123))
+        typo = [
+            name[:place] + name[place + 1 :],
+            name[:place] + name[place] + name[place:],
+            name[:place] + name[place + 1] + name[place] + name[place + 2 :],
+            name[:place] + letter + name[place + 1 :],
+        ][rng.integers(4)]
+        if typo in parser.config:
+            continue
+        parser.config |= {typo: 1, "bundle_root": str(bundle), "checked": {"_target_": "scripts.settings.check"}}
+        with pytest.raises(RuntimeError) as error:
+            parser.get_parsed_content("checked")
+        reason = str(error.value.__cause__ or error.value)
+        assert f"--{typo}: no such setting" in reason and "\n" not in reason
+        refused, meant = refused + 1, meant + (f"is --{name} meant?" in reason)
+    assert refused >= meant > 0.9 * NUM_TYPOS
+    print(f"{refused} misspelt settings were refused, {meant} with the name that was meant")
+
+
+def test_no_output_folder_around_an_input_or_in_one_is_ever_taken(tmp_path):
+    """Random trees of scans, and output folders among, above, below and beside them."""
+    taken = 0
+    for number in range(NUM_FOLDERS):
+        rng = np.random.default_rng(number)
+        root = tmp_path / str(number)
+        names = [f"p{i}" for i in range(rng.integers(1, 4))]
+        layout = rng.integers(3)
+        for name in names:
+            paths = [f"{name}/{name}_flair.nii.gz", f"{name}.nii.gz", f"{name}/1.dcm"]
+            (root / "data" / paths[layout]).parent.mkdir(parents=True, exist_ok=True)
+            (root / "data" / paths[layout]).touch()
+        places = ["data", "data/..", "data/p0", "data/p0/..", "data/p0/out", "data/out", "out", ".", "data/p0/p0"]
+        output = root / places[rng.integers(len(places))]
+        cases = find_cases(root / "data", ("t1", "flair", "t1ce"))
+        inputs = [path.resolve() for case in cases for path in ensure_tuple(case["image"]) if path for path in [Path(path)]]
+        folders = [(output / case["case"]).resolve() for case in cases]
+        mixed = any(
+            folder in (path, *path.parents) or (path.is_dir() and path in folder.parents)
+            for folder in folders
+            for path in inputs
+        )
+        if mixed:
+            with pytest.raises(ValueError, match="is an input"):
+                unfinished(cases, output, overwrite=True)
+        else:
+            assert len(unfinished(cases, output, overwrite=True)) == len(cases)
+            taken += 1
+    assert 0 < taken < NUM_FOLDERS
+    print(f"of {NUM_FOLDERS} output folders {taken} were apart from all inputs and taken, the others refused")
 
 
 class Attack:

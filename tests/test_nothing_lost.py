@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,39 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BRAIN, HEAD_CT, files_below, make_ct_slice, make_head, rows_of, run_forked, save_nifti, save_patient
+from conftest import (
+    BRAIN,
+    CARDIAC,
+    HEAD_CT,
+    files_below,
+    make_ct_slice,
+    make_head,
+    rows_of,
+    run_forked,
+    save_nifti,
+    save_patient,
+)
+from ignite.engine import Engine
+from monai.transforms import Compose
 from PIL import Image
 
 import scripts.files
+from scripts.__main__ import draw
 from scripts.data.cohort import CohortDataset, generated_cases, unfinished
-from scripts.engines import CohortEvaluator
-from scripts.files import files_written_aside, recorded_files, written_aside
+from scripts.data.labels import LoadLabelsd
+from scripts.data.layouts import find_cases
+from scripts.data.reading import LoadSequencesd
+from scripts.data.slices import SliceDataset
+from scripts.engines import CohortEvaluator, ema_of
+from scripts.files import files_written_aside, own_file, recorded_files, written_aside
+from scripts.handlers import ModelSaver, TrainingCheckpoint
+from scripts.release.package import package
+from scripts.release.report import report
 from scripts.results import FolderSaver
+from scripts.tasks.anomaly.evaluation import sprite_table
+from scripts.tasks.generation.evaluation import generation_table
 from scripts.tasks.generation.results import GeneratedSaver
+from scripts.tasks.motion.metrics import CineMetrics
 
 QUICK = ("--spatial_size", "[32,32]", "--pixdim", "[8,8,-1]", "--num_steps", 1, "--guidance_steps", 1)
 HEAD_QUICK = ("--spatial_size", "[32,32]", "--pixdim", 8.6, "--num_steps", 1)
@@ -215,6 +240,134 @@ def test_failures_of_somebody_else_stay(tmp_path, caplog):
             assert "p1: torn" in str(error)
     assert (tmp_path / "failures.csv").read_text() == "case,why\na,b\n"
     assert "failures.csv: is not of this program" in caplog.text
+
+
+# --- single files: tables, pictures, pages, weights
+
+
+def test_a_single_file_is_written_again_where_the_program_wrote_it_and_no_other_is_replaced(tmp_path):
+    for words in ("one", "two"):
+        for name in ("a", "b"):
+            with own_file(tmp_path / name) as aside:
+                aside.write_text(f"{name} {words}")
+    assert texts(tmp_path) == {"a": "a two", "b": "b two"}
+    (tmp_path / "a").write_text("corrected")
+    (tmp_path / "c").write_text("mine")
+    before = files_below(tmp_path)
+    for name in ("a", "c"):
+        with (
+            pytest.raises(ValueError, match=rf"{name}: is not replaced.*move it elsewhere"),
+            own_file(tmp_path / name) as aside,
+        ):
+            aside.write_text("lost")
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_process_that_is_killed_amid_a_single_file_leaves_what_the_next_one_knows(tmp_path, monkeypatch, moment):
+    def write_file(words):
+        with own_file(tmp_path / "a") as aside:
+            aside.write_text(words)
+
+    class Killed(BaseException):
+        pass
+
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > moment:
+            raise Killed
+        replace(source, target)
+
+    write_file("one")
+    with monkeypatch.context() as patched:
+        patched.setattr(scripts.files.os, "replace", killed)
+        try:
+            write_file("two")
+        except Killed:
+            pass
+    write_file("three")
+    assert texts(tmp_path) == {"a": "three"}
+    assert {name for name, _ in recorded_files(tmp_path)} == {"a"} and len(recorded_files(tmp_path)) == 1
+
+
+def test_weights_that_no_training_wrote_are_kept_beside_those_that_replace_them(tmp_path, caplog):
+    (tmp_path / "model.pt").write_bytes(b"shipped")
+    trainer = Engine(lambda engine, batch: None)
+    ModelSaver(tmp_path / "model.pt", ema_of(torch.nn.Linear(2, 3))).attach(trainer)
+    trainer.run([0], max_epochs=3)
+    kept = f"model.pt.{hashlib.sha256(b'shipped').hexdigest()[:12]}"
+    assert sorted(os.listdir(tmp_path)) == sorted(["model.pt", kept, f"{tmp_path.name}_files.csv"])
+    assert (tmp_path / kept).read_bytes() == b"shipped" and torch.load(tmp_path / "model.pt", weights_only=True)
+    assert [line for line in caplog.messages if f"its content is kept as {kept}" in line] == [caplog.messages[0]]
+
+
+def test_a_state_that_is_no_trainings_is_told_and_stays(tmp_path):
+    torch.save({"mine": torch.ones(3)}, tmp_path / "checkpoint.ckpt")
+    before = files_below(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint.ckpt: is no state of such a training; move it elsewhere"):
+        TrainingCheckpoint(tmp_path / "checkpoint.ckpt", {}, None).resume(Engine(lambda *_: None))
+    assert files_below(tmp_path) == before
+
+
+def test_tables_and_pictures_of_somebody_else_are_told_before_the_evaluation(tmp_path):
+    (tmp_path / "lv_volume.png").write_text("mine")
+    with pytest.raises(ValueError, match="lv_volume.png: is not replaced"):
+        CineMetrics(tmp_path)._check_own()
+    (tmp_path / "metrics.csv").write_text("mine")
+    with pytest.raises(ValueError, match="metrics.csv: is not replaced"):
+        sprite_table({}, torch.zeros(2, 1, 8, 8), tmp_path)
+    with pytest.raises(ValueError, match="metrics.csv: is not replaced"):
+        generation_table({}, *[torch.zeros(2, 1, 8, 8)] * 3, None, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_text("case\na\n")
+    (tmp_path / "out" / "report.html").write_text("mine")
+    with pytest.raises(SystemExit, match="report.html: is not replaced"):
+        report(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_text() == (tmp_path / "metrics.csv").read_text() == "mine"
+
+
+def test_a_package_is_made_again_but_never_over_weights_that_were_trained_in_it(tmp_path):
+    package(BRAIN, tmp_path)
+    package(BRAIN, tmp_path)
+    weights = tmp_path / BRAIN.name / "models" / "model.pt"
+    weights.write_bytes(b"trained for days")
+    with pytest.raises(ValueError, match="model.pt: is not replaced"):
+        package(BRAIN, tmp_path)
+    assert weights.read_bytes() == b"trained for days"
+
+
+def test_a_drawn_scan_takes_the_place_of_no_file(tmp_path):
+    (tmp_path / "scan.nii.gz").write_text("mine")
+    with pytest.raises(SystemExit, match="scan.nii.gz: is there already, and is not replaced; name another file"):
+        draw(CARDIAC.name, str(tmp_path / "scan.nii.gz"))
+    assert (tmp_path / "scan.nii.gz").read_text() == "mine"
+
+
+# --- two files where one is wanted
+
+
+def test_two_masks_or_two_files_of_a_sequence_are_refused_with_both_names_and_other_cases_are_not(tmp_path):
+    for name in ("p1", "p2", "p3"):
+        save_patient(tmp_path, name, num_slices=1)
+    save_nifti(tmp_path / "p2" / "p2_seg.nii", make_head(num_slices=1)[1])
+    save_nifti(tmp_path / "p3" / "p3_t1.nii", make_head(num_slices=1)[0][..., 0])
+    cases = find_cases(tmp_path, ("t1", "flair", "t1ce"))
+    read = Compose([LoadSequencesd("image", ("t1", "flair", "t1ce")), LoadLabelsd()])
+    first, *failed = (CohortDataset(cases, read)[number] for number in range(3))
+    assert "failure" not in first and first["label"].shape == (1, 128, 128, 1)
+    for case, file in zip(failed, ("p2_seg", "p3_t1"), strict=True):
+        assert f"{file}.nii.gz and {tmp_path}" in case["failure"] and f"{file}.nii: two" in case["failure"]
+    with pytest.raises(ValueError, match=r"2 of 3 cases can't be used for training:\n.*p2_seg.nii.*\n.*p3_t1.nii"):
+        SliceDataset(cases, read)
+
+
+def test_two_masks_of_a_picture_are_refused(tmp_path):
+    for name in ("a.png", "a_seg.png", "a_seg.bmp"):
+        Image.fromarray(make_ct_slice()).save(tmp_path / name)
+    (case,) = find_cases(tmp_path, ("ct",), pictures=True)
+    assert [Path(path).name for path in case["label"]] == ["a_seg.bmp", "a_seg.png"]
 
 
 # --- generated images

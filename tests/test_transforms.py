@@ -125,9 +125,13 @@ def test_the_lower_end_of_the_window_may_be_a_dark_grey_and_is_padded_with_and_r
     torch.testing.assert_close(fitted.amin().item(), 0.1)
 
 
-@pytest.mark.parametrize("units", ["grey", "auto"])
-def test_grey_levels_are_divided_by_255(units):
-    scaled = ScaleIntensityByWindow((-20, 80), units)(torch.tensor([[0.0, 51, 255], [255, 0, 0]]))
+PICTURE, BYTES = {"has_geometry": False}, {"datatype": np.array(2)}  # what reading says of a picture, and of uint8 in NIfTI
+
+
+@pytest.mark.parametrize(("units", "meta"), [("grey", {}), ("auto", PICTURE), ("auto", BYTES)])
+def test_grey_levels_are_divided_by_255(units, meta):
+    image = MetaTensor(torch.tensor([[0.0, 51, 255], [255, 0, 0]]), meta=meta)
+    scaled = ScaleIntensityByWindow((-20, 80), units)(image)
     torch.testing.assert_close(scaled.as_tensor(), torch.tensor([[0, 0.2, 1], [1, 0, 0]]))
     assert scaled.meta["units"] == "grey"
     assert (scaled.meta["intensity_scale"], scaled.meta["intensity_offset"]) == ([255, 255], [0, 0])
@@ -140,9 +144,44 @@ def test_units_that_are_said_are_not_guessed():
 
 @pytest.mark.parametrize("units", ["grey", "auto"])
 def test_grey_levels_above_255_are_refused_with_the_files_name_and_the_mend(units):
-    image = MetaTensor(torch.tensor([[0.0, 256]]), meta={"filename_or_obj": "case7.nii.gz"})
+    image = MetaTensor(torch.tensor([[0.0, 256]]), meta={"filename_or_obj": "case7.nii.gz", **PICTURE})
     with pytest.raises(ValueError, match="case7.nii.gz: grey levels up to 256.*--units hounsfield"):
         ScaleIntensityByWindowd("image", (0, 80), units)({"image": image})
+
+
+CT_SERIES = {"0008|0060": "CT", "0028|0100": "16"}
+
+
+@pytest.mark.parametrize(
+    ("values", "meta"),
+    [
+        ((0.0, 35, 80), {}),  # clipped to a window of the brain
+        ((0.0, 35, 80), CT_SERIES),
+        ((0.0, 35, 255), CT_SERIES),
+        ((0.0, 35, 3000), CT_SERIES),
+        ((-1.0, 35, 255), BYTES),
+    ],
+)
+def test_a_volume_that_was_clipped_is_in_hounsfield_units(values, meta):
+    scaled = ScaleIntensityByWindow((0, 80))(MetaTensor(torch.tensor([values]), meta=meta))
+    assert scaled.meta["units"] == "hounsfield" and scaled[0, 1].item() == pytest.approx(35 / 80)
+
+
+@pytest.mark.parametrize(
+    ("high", "meta"),
+    [
+        (255, {}),  # of pictures, or clipped there
+        (80, BYTES),  # a dark picture, or CT clipped to a window and saved with 8 bits
+        (80, {**CT_SERIES, "0028|0100": "8"}),
+        (1, {}),  # scaled to 0 ... 1
+        (3000, {}),  # without the offset of 1024, or clipped at 0
+        (3000, {"0008|0060": "OT", "0028|0100": "16"}),
+    ],
+)
+def test_units_that_cannot_be_told_are_refused_with_both_settings(high, meta):
+    image = MetaTensor(torch.tensor([[0.0, high]]), meta={"filename_or_obj": "case7.nii.gz", **meta})
+    with pytest.raises(ValueError, match=f"case7.nii.gz: values from 0 to {high}, .*--units hounsfield.*--units grey"):
+        ScaleIntensityByWindow((0, 80))(image)
 
 
 @pytest.mark.parametrize("bad", [{"units": "hu"}, {"window": (80, 0)}, {"window": (1, 1)}, {"window": (0, 1, 2)}])
@@ -162,7 +201,7 @@ def test_the_window_leaves_its_input_and_its_meta_data_alone():
 @pytest.mark.parametrize("make", [ct, grey_levels])
 def test_restoring_undoes_the_window_even_after_a_batch(make):
     image = make(2, 8, 8, 4)
-    transform = ScaleIntensityByWindowd("image", (-1000, 1000))
+    transform = ScaleIntensityByWindowd("image", (-1000, 1000), "hounsfield" if make is ct else "grey")
     batch = next(iter(DataLoader(Dataset([{"image": image}] * 2, transform), batch_size=2)))
     for item in decollate_batch(batch):
         item["healthy"] = item["image"].as_tensor()
@@ -234,7 +273,7 @@ def test_a_ct_larger_than_the_network_sees_comes_back_with_zeros_around(tmp_path
 
 def test_the_noise_of_a_fine_grid_does_not_stay_in_full(tmp_path):
     save(tmp_path / "a.nii.gz", noise(256, 256, 2) * 100 - 1e-3, np.diag([0.25, 0.25, 5, 1]))
-    save(tmp_path / "b.nii.gz", (noise(256, 256, 2) * 255).round())
+    save(tmp_path / "b.nii.gz", (noise(256, 256, 2) * 255).round().astype(np.uint8))
     for name in "ab":
         assert fit(tmp_path / f"{name}.nii.gz")[0][:, 4:-4, 4:-4].std() < 0.5 * noise(256, 256).std()
 
@@ -243,7 +282,7 @@ def test_the_noise_of_a_fine_grid_does_not_stay_in_full(tmp_path):
 def test_stacked_pictures_of_the_networks_size_are_kept_bit_for_bit(tmp_path, affine):
     long_axis = 1 if affine[2, 1] else 2
     shape = np.insert([64, 64], long_axis, 3)
-    scan = load(save(tmp_path / "a.nii.gz", grey_levels(*shape).numpy(), affine))
+    scan = load(save(tmp_path / "a.nii.gz", grey_levels(*shape).numpy().astype(np.uint8), affine))
     fitted, data = fit(tmp_path / "a.nii.gz")
     assert fitted.shape == (1, 64, 64, 3) and nib.aff2axcodes(fitted.affine.numpy()) == ("L", "P", "S")
     check_grid(data, scan)

@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from monai.data.utils import is_supported_format
 from monai.utils import ensure_tuple
 
-from scripts.data.layouts import NIFTI, nifti_of, others_in, shortened, stem_of, visible
+from scripts.data.layouts import NIFTI, file_or_files, nifti_of, others_in, shortened, stem_of, visible
 from scripts.data.phases import find_end_systole
 from scripts.data.reading import LoadSequencesd, open_nifti
 from scripts.data.sections import SECTIONS, checked_section, cine_section_of, take_section
@@ -59,15 +59,17 @@ def _cine(folder: Path) -> dict | None:
             frames = _acdc_frames(info)
         except (OSError, ValueError) as error:
             return {**case, "image": whole, "failure": str(error)}
-        labels = (nifti_of(folder, f"{name}_frame{frame + 1:02}_gt") for frame in frames)
+        labels = (file_or_files(folder, f"{name}_frame{frame + 1:02}_gt") for frame in frames)
         return _with_labels({**case, "image": whole, "frames": frames}, *labels)
     if cropped := nifti_of(folder, f"{name}_ed2es"):
-        return _with_labels({**case, "image": cropped}, *(nifti_of(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
+        return _with_labels({**case, "image": cropped}, *(file_or_files(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
     names = [stem_of(path) for path in visible(folder) if path.name.endswith(NIFTI)]
     stems = sorted(name.removesuffix("_ed") for name in names if name.endswith("_ed"))
     ends = [nifti_of(folder, f"{stem}_{end}") for stem in stems[:1] for end in ("ed", "es")]
     if len(ends) == 2 and all(ends):
-        return _with_labels({**case, "image": ends}, *(nifti_of(folder, f"{stems[0]}_{end}_gt") for end in ("ed", "es")))
+        return _with_labels(
+            {**case, "image": ends}, *(file_or_files(folder, f"{stems[0]}_{end}_gt") for end in ("ed", "es"))
+        )
     return None
 
 
@@ -99,7 +101,7 @@ def _cine_files(folder: Path) -> list[dict]:
         case = {"case": stem_of(path), "patient": stem_of(path), "image": str(path)}
         if table is not None:
             case["frames"] = table[path.name]
-        cases.append(_with_labels(case, *(nifti_of(folder, f"{stem_of(path)}_{end}_gt") for end in ("ed", "es"))))
+        cases.append(_with_labels(case, *(file_or_files(folder, f"{stem_of(path)}_{end}_gt") for end in ("ed", "es"))))
     return cases
 
 

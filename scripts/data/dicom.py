@@ -233,6 +233,8 @@ class SeriesReader(ITKReader):
                 voxels = stack.joined(voxels)
                 meta["affine"], meta["original_affine"] = stack.affine, stack.affine.copy()
                 meta["spatial_shape"], meta["spacing"] = np.array(stack.shape), np.linalg.norm(stack.affine[:3, :3], axis=0)
+        # as ITK tells them of a single file
+        meta["0008|0060"], meta["0028|0100"] = slices[0].get("Modality") or "", str(slices[0].get("BitsAllocated", ""))
         return voxels, meta
 
 

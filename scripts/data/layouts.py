@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import itk
+from monai.utils import ensure_tuple
 
 from scripts.data.sections import SECTIONS, checked_section, section_by_order, take_section
 
@@ -35,8 +36,19 @@ def stem_of(path: Path) -> str:
 
 
 def nifti_of(folder: Path, stem: str) -> str | None:
+    """The NIfTI file of this name, whichever its ending."""
+    return next(iter(_niftis_of(folder, stem)), None)
+
+
+def file_or_files(folder: Path, stem: str) -> str | list[str] | None:
+    """The same; of several all, which reading a label map refuses."""
+    found = _niftis_of(folder, stem)
+    return found if len(found) > 1 else next(iter(found), None)
+
+
+def _niftis_of(folder: Path, stem: str) -> list[str]:
     paths = (folder / f"{stem}{ending}" for name in NIFTI for ending in (name, name.upper()))
-    return next((str(path) for path in paths if path.is_file()), None)
+    return [str(path) for path in paths if path.is_file()]
 
 
 def visible(folder: Path) -> list[Path]:
@@ -133,14 +145,14 @@ def _volumes(folder: Path, sequences: Sequence[str], label: str, flat: bool) -> 
     """
     words = _words(sequences, label) if len(sequences) > 1 or not flat else {label.lower(): label}
     patients: dict[str, dict[str, list[Path]]] = {}
-    masks: dict[str, Path] = {}
+    masks: dict[str, list[Path]] = {}
     loose = []
     for path in filter(_is_volume, visible(folder)):
         patient, word = _split(stem_of(path), words) or (None, None)
         if patient is None:
             loose.append(path)
         elif word == label:
-            masks[patient] = path
+            masks.setdefault(patient, []).append(path)
         else:
             patients.setdefault(patient, {}).setdefault(word, []).append(path)
     known = {name: files for name, files in patients.items() if any(sequence in files for sequence in sequences)}
@@ -152,7 +164,7 @@ def _volumes(folder: Path, sequences: Sequence[str], label: str, flat: bool) -> 
             case["failure"] = f"{' and '.join(map(str, twice[0]))}: two files of one sequence; remove one of them"
         cases.append(_with_mask(case, masks.get(name)))
     owners = {*known, *map(stem_of, loose)}
-    unused += [mask for name, mask in masks.items() if name not in owners]
+    unused += [mask for name, files in masks.items() if name not in owners for mask in files]
     for path in loose:
         of_patient = any(stem_of(path).startswith(tuple(name + mark for mark in SEPARATORS)) for name in known)
         is_mask = (_split(stem_of(path), MASKS) or (None,))[0] in owners
@@ -163,8 +175,11 @@ def _volumes(folder: Path, sequences: Sequence[str], label: str, flat: bool) -> 
     return sorted(cases, key=lambda case: case["case"]), unused
 
 
-def _with_mask(case: dict, mask: Path | None) -> dict:
-    return {**case, "label": str(mask)} if mask else case
+def _with_mask(case: dict, masks: Sequence[Path] | None) -> dict:
+    """The case with its mask, or with all of several, which reading them refuses."""
+    if not masks:
+        return case
+    return {**case, "label": str(masks[0]) if len(masks) == 1 else list(map(str, masks))}
 
 
 def _folder_cases(folder: Path, sequences: Sequence[str], label: str, unused: list[Path], depth: int = DEPTH) -> list[dict]:
@@ -188,7 +203,10 @@ def _folder_cases(folder: Path, sequences: Sequence[str], label: str, unused: li
 def _pictures(folder: Path, label: str) -> list[dict]:
     """Cases of the pictures that lie directly in a folder; ``<stem>_<label>`` with any picture's ending is a mask."""
     paths = [p for p in visible(folder) if p.suffix.lower() in PICTURES and p.is_file()]
-    masks = {stem_of(p): str(p) for p in paths if stem_of(p).endswith(f"_{label}")}
+    masks: dict[str, str | list[str]] = {}
+    for path in (p for p in paths if stem_of(p).endswith(f"_{label}")):
+        twin = masks.get(stem_of(path))
+        masks[stem_of(path)] = [*ensure_tuple(twin), str(path)] if twin else str(path)
     cases = [{"case": stem_of(p), "image": str(p)} for p in paths if stem_of(p) not in masks]
     return [{**c, "label": masks[f"{c['case']}_{label}"]} if f"{c['case']}_{label}" in masks else c for c in cases]
 

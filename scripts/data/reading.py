@@ -22,6 +22,7 @@ from PIL import ExifTags, ImageOps
 from PIL.Image import Image
 
 from scripts.data.dicom import SeriesReader
+from scripts.data.grids import on_grid_of, stated_affine, taken_affine
 from scripts.transforms import with_meta
 
 __all__ = ["LoadSequencesd", "PICTURE_AFFINE", "open_nifti"]
@@ -32,7 +33,7 @@ ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
 MAX_DEFLATE = 1032  # bytes that gzip can make of one
 MAX_VOXELS = 2**29  # of all sequences: 2 GB as float32
 MAX_LEVEL = 1e30  # of a voxel, in its own unit: near the end of float32 results would be infinite
-MIN_EDGE, MAX_LENGTH = 1e-3, 3000.0  # mm, of a voxel and of a scan
+MIN_EDGE, MIN_LENGTH, MAX_LENGTH = 1e-4, 2.0, 3000.0  # mm, of a voxel and of the longest side of a scan
 
 
 def _to_grey(picture: Image) -> Image:
@@ -131,7 +132,7 @@ def _check_volume(path: str | os.PathLike) -> None:
 
 
 def _check_geometry(path: str | os.PathLike, affine: np.ndarray, shape: Sequence[int]) -> None:
-    """Refuse a volume whose affine is none, or says that it is larger than any scanner; a slice may have none."""
+    """Refuse a volume whose affine is none, or of another size than what is scanned; a slice may have none."""
     if len(shape) < 3:
         return
     edges = np.linalg.norm(affine[:3, :3], axis=0)
@@ -142,9 +143,11 @@ def _check_geometry(path: str | os.PathLike, affine: np.ndarray, shape: Sequence
             "convert the scan again from its source."
         )
     length = (edges * shape[:3]).max()
-    if length > MAX_LENGTH:
+    if not MIN_LENGTH <= length <= MAX_LENGTH:
+        told = f"{length / 1000:.3g} m" if length > MAX_LENGTH else f"{length:.3g} mm"
         raise ValueError(
-            f"{path}: {length / 1000:.3g} m long after its affine; correct the spacing, which has to be in millimetres."
+            f"{path}: {told} long after its affine; correct the spacing, which has to be in millimetres, or the unit in its "
+            "header (xyzt_units)."
         )
 
 
@@ -154,7 +157,9 @@ class LoadSequencesd(MapTransform):
     ``data[key]`` is one path or a list of paths in the order of ``sequences``. One path is a 3-D file (NIfTI, MetaImage,
     NRRD), a 4-D one with the sequences along its last axis, a folder with one DICOM series (read through ITK) or, if
     ``min_ndim`` is 2, a picture, which becomes (C, H, W). Colours become grey; the 8 bits of a picture stay 0 to 255. In a
-    list, ``None`` stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path.
+    list, ``None`` stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path. Files on other grids are
+    brought to that of the first by the affines of both, see :func:`scripts.data.grids.on_grid_of`. Of a NIfTI header in
+    metres or microns, and of one whose two affines contradict each other, a warning says what was taken.
 
     PNG, JPEG, TIFF and BMP have no geometry. Such a picture is taken to be in radiological view, the patient's left on
     the right, front up, with pixels of 1 mm: its affine is diag(-1, -1, 1, 1), its orientation LPS.
@@ -172,8 +177,8 @@ class LoadSequencesd(MapTransform):
     Raises:
         ValueError: in one line with the file's name and the mend, for a file that is missing, may not be read, can't
             be read or is no image, a folder that isn't one DICOM series (see :func:`scripts.data.dicom.read_series`), too
-            few axes, too many voxels, an affine that is none, the wrong number of sequences, another grid than the first
-            sequence, voxels that are no finite numbers, or (without ``allow_empty``) voxels that are all equal.
+            few axes, too many voxels, an affine that is none, the wrong number of sequences, a field of view that does not
+            meet that of the first, voxels that are no finite numbers, or (without ``allow_empty``) that are all equal.
     """
 
     def __init__(
@@ -239,25 +244,27 @@ class LoadSequencesd(MapTransform):
         for (name, image), path in zip(images.items(), given, strict=True):
             if len(image) != 1:
                 raise ValueError(f"{path}: {len(image)} sequences where {name} is expected; give a file with it alone.")
-            if image.shape != first.shape or not torch.allclose(image.affine, first.affine, rtol=0, atol=1e-2):
-                raise ValueError(
-                    f"{path}: shape {tuple(image.shape[1:])} or affine differs from {case} with "
-                    f"{tuple(first.shape[1:])}; register and resample the sequences to one grid first."
-                )
+            images[name] = on_grid_of(image, first)
         stacked = torch.cat([images.get(name, images.get(self.stand_in)) for name in self.sequences])
         return with_meta(stacked.as_tensor(), like=first)
 
     def _read(self, path: str | os.PathLike) -> MetaTensor:
+        scan = None
         try:
             Path(path).expanduser().stat()  # tells a missing file from one behind a closed folder
             if not os.access(Path(path).expanduser(), os.R_OK):
                 raise PermissionError
             if self.nifti_reader.verify_suffix(path):
                 scan = _check_nifti(path)
-                self._check_geometry(path, scan.affine, scan.shape)
+                self._check_geometry(path, stated_affine(scan), scan.shape)
             elif str(path).lower().endswith(ITK_ENDINGS):
                 _check_volume(path)
             image = self.loader(path)
+            if scan is not None:
+                loaded = convert_to_numpy(image.affine)
+                affine = taken_affine(path, scan, loaded)
+                if not np.array_equal(affine, loaded):
+                    image = with_meta(image.as_tensor(), image, affine=torch.as_tensor(affine), original_affine=affine)
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, or a folder without DICOM images; check the path.") from error
         except PermissionError as error:
@@ -297,6 +304,7 @@ class LoadSequencesd(MapTransform):
         if self.picture_reader.verify_suffix(path):
             affine = torch.from_numpy(PICTURE_AFFINE.copy())
             image = with_meta(image.as_tensor(), image, affine=affine, original_affine=affine.numpy(), space="RAS")
+            image.meta["has_geometry"] = False
         if self.as_volume and image.ndim == 3:
             affine = torch.as_tensor(to_affine_nd(3, image.affine))
             image = with_meta(

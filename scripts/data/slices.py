@@ -155,6 +155,9 @@ class SliceDataset(Dataset):
         for case in tqdm(data, desc="reading cases", disable=None):
             # MONAI Label's cases are {"image", "label"} without a name
             name = case.get("case") or Path(next(filter(None, ensure_tuple(case["image"])))).name
+            if "failure" in case:
+                failures.append(f"{name}: {case['failure']}")
+                continue
             try:
                 if "failure" in case:
                     raise ValueError(case["failure"])

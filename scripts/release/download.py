@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from monai.bundle import ConfigParser, download_large_files
 from tqdm import tqdm
 
-from scripts.files import sha256_of, written_aside
+from scripts.files import own_tree, sha256_of
 
 __all__ = ["DownloadError", "download", "large_files"]
 
@@ -70,7 +70,7 @@ def download(name: str, url: str, output_dir: Path, sha256: str | None = None, o
             folder with ``SHA256SUMS``, of which the newest version is taken.
         output_dir: folder to unpack in, made if need be.
         sha256: expected hash of the zip, in place of the published one.
-        overwrite: whether to replace an existing folder ``output_dir/name``.
+        overwrite: whether to replace an existing folder ``output_dir/name``, if it is as this function wrote it.
 
     Returns:
         the bundle's folder.
@@ -93,13 +93,15 @@ def download(name: str, url: str, output_dir: Path, sha256: str | None = None, o
         found = sha256_of(part)
         if found != expected:
             raise _Refused(f"{zip_url} has the SHA-256 {found}, expected is {expected}: not unpacked; try it again")
-        with written_aside(target) as folder:
+        with own_tree(target) as folder:
             _unpack(part, folder, name)
             large_files(folder)
         _forget(part)
     except _Refused:
         _forget(part)
         raise
+    except ValueError as error:  # a file of somebody else's in the folder to be replaced
+        raise DownloadError(str(error)) from error
     except OSError as error:
         raise DownloadError(f"{output_dir}: {error}; mend it and run it again: it goes on from here") from error
     return target

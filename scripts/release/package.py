@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.files import sha256_of, written_aside
+from scripts.files import own_tree, sha256_of, written_aside
 
 __all__ = ["needed_modules", "package", "package_all"]
 
@@ -20,6 +20,7 @@ FOLDERS = ("configs", "docs", "models")
 LARGE_FILES = ("large_files.json", "large_files.yaml", "large_files.yml")  # MONAI's names of the list of files to fetch
 FILES = ("LICENSE", *LARGE_FILES)
 GENERATED = (".ckpt", ".pyc")  # endings of what training and Python leave behind
+KEPT = re.compile(r".*_files\.csv|.*\.pt\.[0-9a-f]{12}")  # records of what a training wrote, and what it replaced
 MODULE_NAME = re.compile(r"(?<![\w.])scripts(?:[./]\w+)+")  # dotted, or a path
 
 
@@ -32,7 +33,8 @@ def package(bundle: Path, output_dir: Path) -> dict[str, object]:
 
     Args:
         bundle: folder of the bundle.
-        output_dir: folder to write to, made if need be; an older package of the same name in it is replaced.
+        output_dir: folder to write to, made if need be; an older package of the same name in it is
+            replaced, if it is as it was written.
 
     Returns:
         name, version, folder, zip (paths), sha256 (of the zip), bytes (size of the zip) and modules (the code's files).
@@ -50,7 +52,7 @@ def package(bundle: Path, output_dir: Path) -> dict[str, object]:
         raise ValueError(f"{target} is no package made earlier and is not replaced; write to another folder")
     members = _members(bundle)
     try:
-        with written_aside(target) as folder:
+        with own_tree(target) as folder:
             for member, source in members.items():
                 (folder / member).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, folder / member)
@@ -170,7 +172,11 @@ def _members(bundle: Path) -> dict[str, Path]:
     members = [name for name in FILES if (bundle / name).is_file()] + [path.name for path in own_modules(bundle)]
     for path in (path for folder in FOLDERS for path in (bundle / folder).rglob("*")):
         member = path.relative_to(bundle)
-        if any(part.startswith((".", "__pycache__")) for part in member.parts) or path.suffix in GENERATED:
+        if (
+            any(part.startswith((".", "__pycache__")) for part in member.parts)
+            or path.suffix in GENERATED
+            or KEPT.fullmatch(path.name)
+        ):
             continue
         if path.is_symlink() and not path.is_file():
             raise ValueError(f"{path} is a link to no file; mend or remove it")

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from tqdm import tqdm
 
-from scripts.files import written_aside
+from scripts.files import own_file
 from scripts.release.page import DIALOG, SCRIPT, STYLE
 
 __all__ = ["report"]
@@ -128,8 +128,10 @@ def report(results_dir: Path, path: Path | None = None) -> Path:
         ]
     )
     try:
-        with written_aside(path) as aside:
+        with own_file(path) as aside:
             aside.write_text(_document(_title(rows), page), encoding="utf-8")
+    except ValueError as error:  # somebody else's file
+        sys.exit(str(error))
     except OSError as error:
         sys.exit(f"{path}: can't be written ({error.strerror or error}); give another place by --path")
     return path

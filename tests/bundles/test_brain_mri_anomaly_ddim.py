@@ -13,6 +13,8 @@ import torch
 from conftest import LGG, files_below, make_head, rows_of, run, run_forked, save_nifti, save_patient
 from PIL import Image
 
+from scripts.bundle import configuration
+from scripts.data.layouts import find_cases
 from scripts.data.sections import section_of
 from scripts.metrics import dice
 
@@ -35,7 +37,9 @@ def cohort(bundle, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
     save_nifti(scans / "good_flair_only.nii.gz", scan[..., 1])
     save_nifti(scans / "bad_two_sequences.nii.gz", scan[..., :2])
     save_patient(scans, "bad_shapes")
-    save_nifti(scans / "bad_shapes" / "bad_shapes_t1.nii.gz", scan[:100, ..., 0])
+    elsewhere = np.diag([2.0, 2.0, 5.0, 1.0])
+    elsewhere[0, 3] = 999
+    save_nifti(scans / "bad_shapes" / "bad_shapes_t1.nii.gz", scan[:100, ..., 0], elsewhere)
     with_nan = scan.astype(np.float32)
     with_nan[64, 64, 1, 1] = np.nan
     save_nifti(scans / "bad_nan.nii.gz", with_nan)
@@ -60,7 +64,7 @@ def test_good_cases_are_finished_although_others_fail(cohort):
     ("case", "mend"),
     [
         ("bad_two_sequences", "this bundle wants 3 (t1, flair, t1ce)"),
-        ("bad_shapes", "resample the sequences to one grid"),
+        ("bad_shapes", "bad_shapes_t1.nii.gz: it covers 0 % of it; give files of one scan"),
         ("bad_nan", "NaN or infinite voxels"),
         ("bad_empty", "empty"),
         ("bad_flat", "2-D image, this bundle wants 3-D"),
@@ -75,6 +79,42 @@ def test_bad_case_gets_one_line_with_file_and_mend_and_leaves_nothing(cohort, ca
     assert ".nii.gz" in line and mend in line
     assert "Traceback" not in done.stderr + done.stdout
     assert not [name for name in files_below(output) if case in name]
+
+
+def save_stored_as(path: Path, axcodes: str, voxels: np.ndarray) -> None:
+    """Write voxels (RAS, 2 x 2 x 5 mm, not at the origin) with other axes, and the affine that says so."""
+    image = nib.Nifti1Image(voxels, np.array([[2.0, 0, 0, -90], [0, 2, 0, -120], [0, 0, 5, 30], [0, 0, 0, 1]]))
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes))
+    turned = image.as_reoriented(turn)
+    save_nifti(path, np.asarray(turned.dataobj), turned.affine)
+
+
+def test_figures_and_slice_labels_do_not_depend_on_how_a_scan_and_its_mask_are_stored(bundle, tmp_path):
+    scan, mask = make_head(num_slices=5)
+    mask[..., 3:] = 0  # not the same upside down
+    ways = {"ras": ("RAS", "RAS"), "asl": ("ASL", "LPS"), "lpi": ("LPI", "RAS"), "rai": ("RAS", "RAI")}
+    for case, (image_axes, mask_axes) in ways.items():
+        for channel, sequence in enumerate(("t1", "flair", "t1ce")):
+            axes = "PIR" if (case, sequence) == ("rai", "t1ce") else image_axes
+            save_stored_as(tmp_path / "scans" / case / f"{case}_{sequence}.nii.gz", axes, scan[..., channel])
+        save_stored_as(tmp_path / "scans" / case / f"{case}_seg.nii.gz", mask_axes, mask)
+    paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all")
+    config = "['configs/inference.json','configs/evaluate.json']"
+    found = ("--gate", False, "--threshold", 0.05, "--min_volume", 0)  # a few steps find little
+    done = run_forked(bundle, config, *paths, *QUICK, *found, "--handlers#0#picture", False)
+    assert done.returncode == 0, done.stderr
+    results = {row["case"]: row for row in rows_of(tmp_path / "out" / "results.csv")}
+    metrics = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
+    assert float(results["ras"]["score"]) > 0 and metrics["ras"]["num_slices"] == "5" and float(metrics["ras"]["dice"]) > 0
+    for case in ways:
+        for table, columns in ((results, ("finding_ml", "score", "trust")), (metrics, list(metrics["ras"])[1:])):
+            for column in columns:
+                assert float(table[case][column]) == pytest.approx(float(table["ras"][column]), rel=1e-3, abs=2e-5), column
+
+    cases = {case["case"]: case for case in find_cases(tmp_path / "scans", ("t1", "flair", "t1ce"))}
+    preprocessing = configuration(bundle, "train").get_parsed_content("preprocessing")
+    slices = {name: [(s["slice"], s["class_label"]) for s in preprocessing(case)] for name, case in cases.items()}
+    assert slices["ras"] == [(0, 1), (1, 0), (2, 1), (3, 0), (4, 0)] and all(s == slices["ras"] for s in slices.values())
 
 
 def test_four_dimensional_file_and_list_of_files_give_the_same(cohort):

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import make_cine, save_nifti
+from conftest import make_cine, save_nifti, save_turned
 from made_inputs import SECTIONS, table, touch
 
 from scripts.data.cines import LoadCined, assume_spacing, find_cines, lost_spacing
@@ -285,11 +285,19 @@ def test_equal_ends_are_refused(tmp_path):
     refuse(r"b\.nii\.gz: source and target are the same", files)
 
 
-def test_files_on_different_grids_are_refused(tmp_path):
+def test_a_target_on_another_grid_is_brought_to_that_of_the_source_and_one_of_another_place_is_refused(tmp_path):
     cine = make_cine()[0]
     one = save_nifti(tmp_path / "a.nii.gz", cine[..., 0], SPACING)
-    refuse("b.nii.gz: shape .* differs", [one, save_nifti(tmp_path / "b.nii.gz", cine[:-1, ..., 4], SPACING)])
-    refuse("c.nii.gz: .*affine differs", [one, save_nifti(tmp_path / "c.nii.gz", cine[..., 4], THIN)])
+    image = LoadCined("image")({"image": [one, save_nifti(tmp_path / "b.nii.gz", cine[:-1, ..., 4], SPACING)]})["image"]
+    assert np.array_equal(image[1, :-1].numpy(), cine[:-1, ..., 4])
+    turned = save_turned(tmp_path, cine[..., 4], SPACING)[1]
+    assert np.allclose(LoadCined("image")({"image": [one, turned]})["image"][1].numpy(), cine[..., 4], atol=1e-2)
+    elsewhere = SPACING.copy()
+    elsewhere[0, 3] = 30
+    refuse(
+        "c.nii.gz: its field of view does not meet that of .*a.nii.gz",
+        [one, save_nifti(tmp_path / "c.nii.gz", cine[..., 4], elsewhere)],
+    )
 
 
 def test_settings_that_make_no_sense_are_refused():

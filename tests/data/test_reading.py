@@ -274,6 +274,12 @@ def pair(folder, voxels, affine=AFFINE):
     return [save(folder / "a.nii.gz", noise(8, 8, 8)), save(folder / "b.nii.gz", voxels, affine)]
 
 
+def moved(millimetres):
+    affine = AFFINE.copy()
+    affine[0, 3] += millimetres
+    return affine
+
+
 def promise(path, *shape, content=b"", **fields):
     """A file with the header of a uint8 volume of this shape, and something else after it."""
     header = nib.Nifti1Header()
@@ -332,8 +338,13 @@ BAD_INPUTS = {
     "list of three": ("list has 3 files", lambda f: [*pair(f, noise(8, 8, 8)), None]),
     "sequence missing": ("no file for FLAIR", lambda f: [save(f / "a.nii.gz", noise(8, 8, 8)), None]),
     "4-D in a list": ("b.nii.gz: 2 sequences where FLAIR", lambda f: pair(f, noise(8, 8, 8, 2))),
-    "other shape": ("b.nii.gz: shape.*a.nii.gz", lambda f: pair(f, noise(8, 8, 7))),
-    "other affine": ("b.nii.gz:.*affine differs", lambda f: pair(f, noise(8, 8, 8), AFFINE + 0.1)),
+    "half of it": ("b.nii.gz: its field.*a.nii.gz: it covers 38 %", lambda f: pair(f, noise(8, 8, 3))),
+    "other place": ("b.nii.gz: its field.*a.nii.gz: it covers 0 %", lambda f: pair(f, noise(8, 8, 8), moved(99))),
+    "metres not said": ("b.nii.gz: 0.012 mm long", lambda f: [save(f / "b.nii.gz", noise(8, 8, 8), AFFINE / 2000)]),
+    "no spacing": (
+        "no place or spacing",
+        lambda f: promise(f / "a.nii", 8, 8, 8, content=rubbish(), qform_code=1, pixdim=0),
+    ),
 }
 
 

@@ -121,7 +121,8 @@ def make_zip(members: dict[str, bytes] | None = None, compression: int = zipfile
 
 
 def left_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return [name for name in names if name != f"{NAME}_files.csv"]  # the record of what was unpacked
 
 
 def fails(url: str, output_dir: Path, match: str, **kwargs: object) -> None:
@@ -133,6 +134,11 @@ def fails(url: str, output_dir: Path, match: str, **kwargs: object) -> None:
     assert not [name for name in left_in(output_dir) if name.startswith(".")]
 
 
+def bundle_below(folder: Path) -> dict[str, bytes]:
+    """Files of the bundle in a folder, without the record of them that lies beside it."""
+    return {name: content for name, content in files_below(folder).items() if name != f"{NAME}_files.csv"}
+
+
 def zip_requests(server: Server) -> list[str | None]:
     return [span for path, span in server.asked if path.endswith(".zip")]
 
@@ -141,7 +147,7 @@ def zip_requests(server: Server) -> list[str | None]:
 def test_a_zip_is_checked_against_the_list_beside_it_and_unpacked(server, tmp_path, listed):
     url = server.publish(make_zip(), listed)
     assert download(NAME, url, tmp_path / "new") == tmp_path / "new" / NAME
-    assert files_below(tmp_path / "new") == {METADATA: b"{}", f"{NAME}/models/model.pt": bytes(range(256)) * 4000}
+    assert bundle_below(tmp_path / "new") == {METADATA: b"{}", f"{NAME}/models/model.pt": bytes(range(256)) * 4000}
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/SHA256SUMS"])
@@ -324,23 +330,39 @@ def test_a_name_that_is_a_path_is_refused(tmp_path, name):
 
 
 def test_an_existing_folder_is_kept_unless_told_otherwise(server, tmp_path):
+    download(NAME, server.publish(make_zip({METADATA: b"old", f"{NAME}/old.txt": b"old"})), tmp_path)
+    asked, old = len(server.asked), {METADATA: b"old", f"{NAME}/old.txt": b"old"}
     url = server.publish(make_zip({METADATA: b"new"}))
-    (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / "old.txt").write_text("old")
     with pytest.raises(DownloadError, match="exists already"):
         download(NAME, url, tmp_path)
-    assert server.asked == [] and files_below(tmp_path) == {f"{NAME}/old.txt": b"old"}
+    assert len(server.asked) == asked and bundle_below(tmp_path) == old
     download(NAME, url, tmp_path, overwrite=True)
-    assert files_below(tmp_path) == {METADATA: b"new"}
+    assert bundle_below(tmp_path) == {METADATA: b"new"}
+
+
+def test_what_a_user_trained_or_put_into_a_bundle_is_never_overwritten(server, tmp_path):
+    url = server.publish(make_zip())
+    download(NAME, url, tmp_path)
+    for path in (tmp_path / NAME / "models" / "model.pt", tmp_path / NAME / "notes.txt"):
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(b"mine")
+        files = files_below(tmp_path)
+        with pytest.raises(
+            DownloadError, match=rf"{path.name}: is not replaced.*move it elsewhere, or choose another folder"
+        ):
+            download(NAME, url, tmp_path, overwrite=True)
+        assert files == {name: files_below(tmp_path)[name] for name in files}
+        path.write_bytes(before) if before else path.unlink()
+    download(NAME, url, tmp_path, overwrite=True)
 
 
 def test_a_failure_keeps_the_folder_that_was_to_be_replaced(server, tmp_path):
+    download(NAME, server.publish(make_zip({METADATA: b"old"})), tmp_path)
+    before = files_below(tmp_path)
     url = server.publish(make_zip({METADATA: b"new", "elsewhere/a": b""}))
-    (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / "old.txt").write_text("old")
     with pytest.raises(DownloadError, match="not below the folder"):
         download(NAME, url, tmp_path, overwrite=True)
-    assert files_below(tmp_path) == {f"{NAME}/old.txt": b"old"}
+    assert files_below(tmp_path) == before
 
 
 def test_a_link_to_a_bundle_is_not_replaced(server, tmp_path):

@@ -120,7 +120,9 @@ def test_the_page_loads_nothing_and_obeys_no_script_but_its_own(results):
 def test_two_runs_give_the_same_bytes(results):
     first = report(results).read_bytes()
     assert report(results).read_bytes() == first
-    assert sorted(path.name for path in results.iterdir()) == ["b10", "b9", "report.html", "results.csv"]
+    assert sorted(path.name for path in results.iterdir()) == [
+        *("b10", "b9", "report.html", "results.csv", f"{results.name}_files.csv"),
+    ]
 
 
 @pytest.mark.parametrize("called", ["probability", "abnormality"])

@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from scripts.data.slices import SliceDataset
-from scripts.files import written_aside
+from scripts.files import check_own, own_file
 from scripts.inferers import run_in_batches
 from scripts.metrics import dice
 from scripts.tables import markdown_table, mean_and_std, write_rows
@@ -201,7 +201,8 @@ def sprite_table(
         the rows of ``metrics.csv``.
 
     Raises:
-        ValueError: for the name of an unknown network, or fewer than two slices with foreground.
+        ValueError: for a file of somebody else's in the way, the name of an unknown network, or fewer than two slices with
+            foreground.
     """
     curve_of = list(networks) if curve_of is None else curve_of
     for name in (*curve_of, *([worst_of] if worst_of else [])):
@@ -211,6 +212,8 @@ def sprite_table(
     half = len(images) // 2
     to_paint, healthy = images[:half], images[half:]
     folder = Path(output_dir)
+    names = ("metrics.csv", "metrics_summary.json", "contrast.csv", "contrast.png", "worst_cases.png")
+    check_own(*(folder / name for name in names))
 
     sprites = {seed: paint_sprites(to_paint, seed, radius, contrast, texture) for seed in seeds}
     rows = []
@@ -222,7 +225,7 @@ def sprite_table(
     write_rows(folder / "metrics.csv", rows)
 
     summary = mean_and_std(rows)
-    with written_aside(folder / "metrics_summary.json") as aside:
+    with own_file(folder / "metrics_summary.json") as aside:
         aside.write_text(json.dumps(summary, indent=4) + "\n", encoding="utf-8")
     table = markdown_table(summary, COLUMNS)
     logger.info(f"{half} painted and {len(healthy)} healthy slices, {len(seeds)} set(s) of sprites\n{table}")
@@ -235,10 +238,10 @@ def sprite_table(
                 maps = run_in_batches(networks[name], painted, batch_size)[0][:, :1]
                 points.append({"method": name, "contrast": least, "best_dice": _pooled(maps, masks).best_dice()[0]})
         write_rows(folder / "contrast.csv", points)
-        with written_aside(folder / "contrast.png") as aside:
+        with own_file(folder / "contrast.png") as aside:
             contrast_figure(aside, points)
     if worst_of:
-        with written_aside(folder / "worst_cases.png") as aside:
+        with own_file(folder / "worst_cases.png") as aside:
             worst_cases(aside, networks[worst_of], *sprites[seeds[0]], num_worst, batch_size)
     return rows
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import NdarrayOrTensor, PathLike
+from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.utils import convert_to_tensor
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from scripts.metrics import CohortMetrics, dice
+from scripts.transforms import upright
 
 __all__ = ["AnomalyMetrics", "BinnedScores"]
 
@@ -132,7 +134,7 @@ class AnomalyMetrics(CohortMetrics):
     Args:
         output_dir: folder of the two files, made if it is missing.
         value_range: bounds of the anomaly map; values beyond it are not told apart from each other.
-        slice_dim: spatial axis that slices are counted along: 0, 1 or 2.
+        slice_dim: axis that slices are counted along: 0 to the right, 1 to the front, 2 to the head.
         min_lesion_area: lesion pixels from which a slice counts as diseased.
         slice_score: key of what takes the place of the probability, in [0, 1], too: such as ``abnormality``.
         filename: name of the table; the pooled figures are in ``<its stem>_summary.json``.
@@ -221,7 +223,8 @@ class AnomalyMetrics(CohortMetrics):
         }
 
     def _slices(self, volume: NdarrayOrTensor) -> Tensor:
-        """(1, H, W, D) to (slices, pixels of a slice), a plain tensor on the CPU."""
+        """(1, H, W, D) to (slices, pixels of a slice), a plain tensor on the CPU, whatever axes the scan is stored with."""
+        volume = upright(volume) if isinstance(volume, MetaTensor) else volume
         volume = convert_to_tensor(volume, device="cpu", track_meta=False)[0]
         return volume.movedim(self.slice_dim, 0).flatten(1)
 

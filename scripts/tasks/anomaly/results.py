@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import Orientation
 
 from scripts.data.cohort import root_cause
 from scripts.data.dicom import write_segmentation
 from scripts.results import FolderSaver, millilitres, write_nifti
 from scripts.tasks.anomaly.figures import overview
+from scripts.transforms import upright
 
 __all__ = ["CaseSaver"]
 
@@ -25,8 +25,8 @@ class CaseSaver(FolderSaver):
 
     ``<case>/<case>_seg.nii.gz`` (uint8, from ``pred``), ``_map.nii.gz`` (float32, from ``map``), ``_healthy.nii.gz`` (from
     ``healthy``, in the scan's own units, sequences in the last axis), ``_overview.png``, and a row in ``results.csv``:
-    volume of the finding in ml, score (largest mean of the anomaly map over a slice), and the largest probability of disease
-    over the slices, or what the network has in its place.
+    volume of the finding in ml, score (largest mean of the anomaly map over an axial slice, whatever axes the scan is stored
+    with), and the largest probability of disease over the slices, or what the network has in its place.
 
     Of a case that was read from the folder of a DICOM series, also ``_seg.dcm``, see
     :func:`scripts.data.dicom.write_segmentation`. Where that can't be made (no geometry, several frames a file, …) a warning
@@ -65,8 +65,7 @@ class CaseSaver(FolderSaver):
         if source and Path(source).is_dir():
             self._write_dicom(folder / f"{name}_seg.dcm", source, mask)
         if self.picture:
-            upright = Orientation(axcodes="RAS", labels=None)  # as overview draws axial slices
-            overview(
+            overview(  # draws axial slices
                 folder / f"{name}_overview.png",
                 image=upright(case["image"]),
                 healthy=upright(case["healthy"]),
@@ -80,7 +79,7 @@ class CaseSaver(FolderSaver):
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
         return {
             "finding_ml": f"{millilitres(case['pred']):.3f}",
-            "score": f"{case['map'][0].flatten(0, 1).mean(dim=0).max().item():.5f}",
+            "score": f"{upright(case['map'])[0].flatten(0, 1).mean(dim=0).max().item():.5f}",
             self.slice_score: f"{case[self.slice_score].max().item():.4f}",
         }
 

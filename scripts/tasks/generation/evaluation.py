@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scripts.data.layouts import find_cases
 from scripts.data.slices import SliceDataset
-from scripts.files import written_aside
+from scripts.files import check_own, own_file
 from scripts.inferers import run_in_batches
 from scripts.networks.orientation import OrientationNet
 from scripts.tables import markdown_table, mean_and_std, write_rows
@@ -124,11 +124,13 @@ def generation_table(
         the rows of ``metrics.csv``.
 
     Raises:
-        ValueError: if fewer than two samples, or no set of them, are asked for.
+        ValueError: for a file of somebody else's in the way, or if fewer than two samples, or no set of them, are asked for.
     """
     if number < 2 or not seeds:
         raise ValueError(f"--number must be at least 2 and --seeds not empty, got {number} and {list(seeds)}")
     folder = Path(output_dir)
+    pictures = (f"{kind}_{name}.png" for kind in ("contact_sheet", "nearest") for name in networks)
+    check_own(*(folder / name for name in ("metrics.csv", "metrics.json", "metrics.md", *pictures)))
     limit = torch.quantile(nearest(test, training)[0], MEMORISED_PERCENTILE / 100).item()
 
     def scores_of(images: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
@@ -163,12 +165,12 @@ def generation_table(
     table = markdown_table(summary, COLUMNS)
     write_rows(folder / "metrics.csv", rows)
     for path, text in (("metrics.json", json.dumps({**summary, "about": about}, indent=4)), ("metrics.md", table)):
-        with written_aside(folder / path) as aside:
+        with own_file(folder / path) as aside:
             aside.write_text(text + "\n", encoding="utf-8")
     logger.info(f"{len(seeds)} set(s) of {number} samples, {len(test)} test images\n{table}")
     return rows
 
 
 def _draw(path: Path, images: Tensor, heading: str, **settings: object) -> None:
-    with written_aside(path) as aside:
+    with own_file(path) as aside:
         contact_sheet(aside, images, heading=heading, text={"Description": heading}, **settings)

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.data.reading import PICTURE_AFFINE
-from scripts.files import locked, written_aside
+from scripts.files import locked, own_file, written_aside
 from scripts.results import ResultSaver
 from scripts.tasks.generation.figures import contact_sheet, schedule_figure
 from scripts.tasks.generation.transforms import seeded_noise
@@ -187,7 +187,7 @@ class SampleSheet:
         times = torch.linspace(0, 1, 101, device=device)
         with eval_mode(network):  # which turns gradients off too
             images, gammas = network(noise), network.schedule(times)
-        with written_aside(self.output_dir / f"samples_{epoch:04}.png") as aside:
+        with own_file(self.output_dir / f"samples_{epoch:04}.png") as aside:
             contact_sheet(aside, images, columns=8, heading=f"generated after epoch {epoch}")
-        with written_aside(self.output_dir / f"schedule_{epoch:04}.png") as aside:
+        with own_file(self.output_dir / f"schedule_{epoch:04}.png") as aside:
             schedule_figure(aside, times, gammas)

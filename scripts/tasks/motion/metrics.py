@@ -14,7 +14,7 @@ from monai.utils import convert_to_numpy
 from skimage.metrics import peak_signal_noise_ratio
 
 from scripts.data.cines import slice_axis
-from scripts.files import written_aside
+from scripts.files import own_file
 from scripts.metrics import CohortMetrics, dice
 from scripts.tasks.motion.figures import volume_curves
 
@@ -172,6 +172,7 @@ class CineMetrics(CohortMetrics):
     def __init__(self, output_dir: PathLike, filename: str = "metrics.csv") -> None:
         super().__init__(output_dir, filename)
         self.figure_path = self.table_path.with_name("lv_volume.png")
+        self.paths.append(self.figure_path)
 
     def _reset(self) -> None:
         super()._reset()
@@ -232,7 +233,7 @@ class CineMetrics(CohortMetrics):
     def _finish(self, engine: Engine) -> None:
         super()._finish(engine)
         if self.curves:
-            with written_aside(self.figure_path) as aside:
+            with own_file(self.figure_path) as aside:
                 volume_curves(aside, self.curves)
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
-from monai.transforms import Orientation
 
 from scripts.results import FolderSaver, millilitres, write_nifti
 from scripts.tasks.motion.figures import cine_animation, cine_overview
 from scripts.tasks.motion.metrics import pumping, volume_curve
 from scripts.tasks.motion.transforms import turn_vectors
+from scripts.transforms import upright
 
 __all__ = ["CineSaver"]
 
@@ -73,7 +73,6 @@ class CineSaver(FolderSaver):
         write_nifti(folder / f"{name}_seg.nii.gz", case["pred"], np.uint8, affine)
         _write_displacement(folder / f"{name}_displacement.nii.gz", displacement, affine)
         if self.picture:
-            upright = Orientation(axcodes="RAS", labels=None)
             frames, displacement, cine = (upright(item.cpu()) for item in (frames, displacement, cine))
             spacing = affine_to_spacing(frames.affine).tolist()
             directions = frames.affine[:3, :3] / torch.tensor(spacing)

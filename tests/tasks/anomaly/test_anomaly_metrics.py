@@ -311,5 +311,5 @@ def test_the_files_are_whole_under_their_names_and_nothing_else_is_left(tmp_path
     folder.parent.mkdir()
     with caplog.at_level(logging.INFO, logger="scripts.metrics"):
         evaluate([make_case("case", 0)], folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "metrics_summary.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["here_files.csv", "metrics.csv", "metrics_summary.json"]
     assert "healthy_ratio" in caplog.text

@@ -169,7 +169,7 @@ def test_samples_and_schedule_are_drawn_every_few_epochs_and_at_the_end_from_the
     SampleSheet(tmp_path / "log", ema, number=3, interval=2, seed=1).attach(trainer)
     trainer.run([0], max_epochs=5)
     names = [f"{what}_{epoch:04}.png" for what in ("samples", "schedule") for epoch in (2, 4, 5)]
-    assert sorted(os.listdir(tmp_path / "log")) == names
+    assert sorted(os.listdir(tmp_path / "log")) == sorted([*names, "log_files.csv"])
     assert Image.open(tmp_path / "log" / "samples_0002.png").size[0] > 100
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     assert len(calls) == 3 and all(torch.equal(call[0], noise) and call[1:] == (False, False) for call in calls)
