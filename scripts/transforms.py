@@ -38,6 +38,7 @@ __all__ = [
     "Spacingd",
     "SplitPredictiond",
     "has_foreground",
+    "without_finer",
 ]
 
 
@@ -266,14 +267,40 @@ class RestoreIntensityd(MapTransform):
 
 
 class Spacingd(monai_transforms.Spacingd):
-    """MONAI's Spacingd, which sees the images alone.
+    """MONAI's Spacingd, which sees the images alone, and smooths before it samples more coarsely if told so.
 
     MONAI's copies what it knows of ``image`` into every item whose key begins with ``image_``, and fails where that is no
     dictionary, as MONAI Label's ``image_path``.
+
+    Args:
+        anti_aliasing: smooth the images that are interpolated (not those whose mode is ``nearest``), see
+            :func:`without_finer`.
+        args: arguments of MONAI's, and ``kwargs``.
     """
 
+    def __init__(self, *args: Any, anti_aliasing: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.anti_aliasing = anti_aliasing
+
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        return {**data, **super().__call__({key: data[key] for key in self.keys if key in data}, lazy)}
+        images = {key: data[key] for key in self.keys if key in data}
+        if self.anti_aliasing:
+            for key, mode in self.key_iterator(images, self.mode):
+                if mode != "nearest":
+                    images[key] = without_finer(images[key], self.spacing_transform.pixdim)
+        return {**data, **super().__call__(images, lazy)}
+
+
+def without_finer(image: MetaTensor, pixdim: Sequence[float]) -> MetaTensor:
+    """A volume (C, H, W, D) without what a coarser grid can't show; the width is that of MONAI's and scikit-image's resize.
+
+    Args:
+        image: the volume.
+        pixdim: spacing of the coarser grid in millimetres along each axis; 0 or less where it stays.
+    """
+    factors = np.asarray(pixdim) / np.asarray(affine_to_spacing(image.affine, 3))[: len(pixdim)]
+    sigma = [max((float(factor) - 1) / 2, 0.0) for factor in factors]
+    return GaussianSmooth(sigma)(image) if any(sigma) else image
 
 
 class FitSlicesd(MapTransform, InvertibleTransform):
@@ -318,7 +345,7 @@ class FitSlicesd(MapTransform, InvertibleTransform):
             image = convert_to_tensor(d[key], track_meta=True).clone()  # its trace will be written to
             size = image.shape[1:]
             if image.meta.get("units") == "hounsfield":
-                way, image = "millimetres", self._smooth(image)
+                way, image = "millimetres", without_finer(image, [self.pixdim, self.pixdim, -1])
             else:
                 way = "as it is" if tuple(size[:2]) == self.spatial_size else "stretched"
             d[key] = self.ways[way](image) if way in self.ways else image
@@ -332,12 +359,6 @@ class FitSlicesd(MapTransform, InvertibleTransform):
             if way in self.ways:
                 d[key] = self.ways[way].inverse(d[key])
         return d
-
-    def _smooth(self, image: MetaTensor) -> MetaTensor:
-        """The image without what the coarser grid can't show; the width is that of MONAI's and scikit-image's resize."""
-        factors = self.pixdim / affine_to_spacing(image.affine, 3)[:2]
-        sigma = [max((float(factor) - 1) / 2, 0.0) for factor in factors]
-        return GaussianSmooth([*sigma, 0.0])(image) if any(sigma) else image
 
 
 class SplitPredictiond(MapTransform):

@@ -256,6 +256,15 @@ def test_healthy_slices_that_never_lie_near_diseased_ones_are_drawn_evenly():
     assert len(counts) == 4 and min(counts.values()) > 150
 
 
+def test_cases_are_drawn_evenly_however_many_slices_they_have():
+    dataset = labelled(num_healthy=40, num_diseased=20)
+    dataset.cases = np.array(["a"] * 36 + ["b"] * 4 + ["a"] * 2 + ["b"] * 18)
+    chosen = [i for batch in itertools.islice(BalancedBatchSampler(dataset, 8, by_case=True), 300) for i, _ in batch]
+    for label in (0, 1):
+        drawn = dataset.cases[[i for i in chosen if dataset.class_labels[i] == label]]
+        assert (drawn == "a").mean() == pytest.approx(0.5, abs=0.06)
+
+
 def test_a_loader_gives_the_batches_of_the_sampler():
     dataset = SliceDataset([{"case": "a", "image": "x", "label": [0, 1, 0, 1]}], cut, augmentation())
     sampler = BalancedBatchSampler(dataset, batch_size=4)
