@@ -11,7 +11,7 @@ from made_inputs import SECTIONS, table, touch
 
 from scripts.data.cines import LoadCined, assume_spacing, find_cines
 from scripts.data.sections import section_of
-from scripts.transforms import Spacingd
+from scripts.grids import Spacingd
 
 # --- find_cines
 
