@@ -233,8 +233,8 @@ class BalancedBatchSampler(Sampler):
     def _share_by_case(cases: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Weights that keep their proportions within each case, and whose sum is the same for all cases, 1 together."""
         _, case = np.unique(cases, return_inverse=True)
-        total = np.bincount(case, weights=weight)
-        return weight / total[case] / len(total)
+        share = weight / np.maximum(np.bincount(case, weights=weight)[case], 1e-12)  # none where a case has no weight
+        return share / share.sum()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for iteration in itertools.count(self.start):

@@ -265,6 +265,13 @@ def test_cases_are_drawn_evenly_however_many_slices_they_have():
         assert (drawn == "a").mean() == pytest.approx(0.5, abs=0.06)
 
 
+def test_a_case_whose_healthy_slices_lie_nowhere_near_diseased_ones_does_not_stop_the_drawing():
+    dataset = labelled(num_healthy=40, num_diseased=20)
+    dataset.cases = np.array(["bottom"] * 10 + ["a"] * 50)
+    chosen = [i for batch in itertools.islice(BalancedBatchSampler(dataset, 8, 1.0, by_case=True), 20) for i, _ in batch]
+    assert set(dataset.cases[chosen]) == {"a"}
+
+
 def test_a_loader_gives_the_batches_of_the_sampler():
     dataset = SliceDataset([{"case": "a", "image": "x", "label": [0, 1, 0, 1]}], cut, augmentation())
     sampler = BalancedBatchSampler(dataset, batch_size=4)
