@@ -149,7 +149,7 @@ def fingerprint(name: str, dataset_dir: str, **settings: object) -> None:
     bundle = _bundle(name)
     parser = configuration(bundle, "train")
     parser.update({"dataset_dir": str(dataset_dir), **settings})
-    cases = [parser.get_parsed_content(f"{part}#dataset").cases() for part in ("train", "validate")]
+    cases = [parser.get_parsed_content(f"{part}#dataset").slices_by_case() for part in ("train", "validate")]
     measured = Fingerprint.of(cases[0])
     unlike = [max(ratios.values()) > 1 for ratios in map(measured.compare, cases[1]) if ratios]
     path = bundle / "models" / "fingerprint.json"

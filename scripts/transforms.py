@@ -5,32 +5,22 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from monai import transforms as monai_transforms
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
 from monai.transforms import (
-    Compose,
-    GaussianSmooth,
-    InvertibleTransform,
     MapTransform,
     Orientation,
-    Resize,
-    ResizeWithPadOrCrop,
-    Spacing,
     Transform,
 )
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor, ensure_tuple_rep
-from skimage.filters import threshold_otsu
 from torch import Tensor
 
+from scripts.thresholds import otsu, peak
 from scripts.units import told_units
 
 __all__ = [
-    "FitSlicesd",
     "MapToMask",
     "MapToMaskd",
     "RestoreIntensityd",
@@ -38,7 +28,6 @@ __all__ = [
     "ScaleIntensityByForegroundd",
     "ScaleIntensityByWindow",
     "ScaleIntensityByWindowd",
-    "Spacingd",
     "SplitPredictiond",
     "has_foreground",
     "upright",
@@ -271,81 +260,6 @@ class RestoreIntensityd(MapTransform):
         return d
 
 
-class Spacingd(monai_transforms.Spacingd):
-    """MONAI's Spacingd, which sees the images alone.
-
-    MONAI's copies what it knows of ``image`` into every item whose key begins with ``image_``, and fails where that is no
-    dictionary, as MONAI Label's ``image_path``.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        return {**data, **super().__call__({key: data[key] for key in self.keys if key in data}, lazy)}
-
-
-class FitSlicesd(MapTransform, InvertibleTransform):
-    """Bring the slices of a volume (C, H, W, D) to the network's size; the number of slices stays.
-
-    A CT in Hounsfield units (``meta["units"]`` of :class:`ScaleIntensityByWindow`) is resampled in the plane to
-    ``pixdim`` and then cut or padded. Everything else, pictures and stacks of them, has no
-    millimetres to trust: each slice is stretched to the size, and left bit for bit if it has it already. Both smooth
-    before they sample more coarsely, or else the noise of a fine grid would stay in full.
-
-    The inverse is on the grid of the input. It reads the way that was taken from the image's trace, which ``Invertd``
-    hands to the prediction.
-
-    Args:
-        keys: keys of the volumes, scaled to [0, 1], with slices along the last axis.
-        spatial_size: height and width of a slice in pixels.
-        pixdim: edge of a pixel in millimetres, for CT.
-        darkest: grey level that a CT is padded with.
-        allow_missing_keys: don't raise an error if a key is missing.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        spatial_size: Sequence[int],
-        pixdim: float,
-        darkest: float = 0.0,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.spatial_size = tuple(spatial_size)
-        self.pixdim = pixdim
-        size = [*spatial_size, -1]
-        self.ways = {
-            "millimetres": Compose([Spacing(pixdim=[pixdim, pixdim, -1]), ResizeWithPadOrCrop(size, value=darkest)]),
-            "stretched": Compose([Resize(size, mode="trilinear", anti_aliasing=True)]),
-        }
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            image = convert_to_tensor(d[key], track_meta=True).clone()  # its trace will be written to
-            size = image.shape[1:]
-            if image.meta.get("units") == "hounsfield":
-                way, image = "millimetres", self._smooth(image)
-            else:
-                way = "as it is" if tuple(size[:2]) == self.spatial_size else "stretched"
-            d[key] = self.ways[way](image) if way in self.ways else image
-            self.push_transform(d[key], orig_size=size, extra_info={"way": way})
-        return d
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            way = self.pop_transform(d[key])["extra_info"]["way"]
-            if way in self.ways:
-                d[key] = self.ways[way].inverse(d[key])
-        return d
-
-    def _smooth(self, image: MetaTensor) -> MetaTensor:
-        """The image without what the coarser grid can't show; the width is that of MONAI's and scikit-image's resize."""
-        factors = self.pixdim / affine_to_spacing(image.affine, 3)[:2]
-        sigma = [max((float(factor) - 1) / 2, 0.0) for factor in factors]
-        return GaussianSmooth([*sigma, 0.0])(image) if any(sigma) else image
-
-
 class SplitPredictiond(MapTransform):
     """Cut the channels of a prediction, in order, into new entries of the dictionary; the meta data are kept.
 
@@ -376,17 +290,22 @@ class MapToMask(Transform):
     """Cut an anomaly map into a mask: 1 where the map is above a threshold, which goes to ``meta["threshold"]``.
 
     Args:
-        threshold: a number, or ``otsu`` for Otsu's threshold of the positive values of this map (Otsu 1979, IEEE Trans.
-            Syst. Man Cybern. 9:62).
-        minimum: floor of Otsu's threshold; without it the map of a case without any lesion would be cut in two as well.
+        threshold: a number, or ``otsu`` or ``peak`` for that of this map, see :mod:`scripts.thresholds`.
+        minimum: floor of the map's own threshold; without it that of a case without any lesion would be cut in two as well.
+        peak_shares: shares of the largest value, for ``peak``.
 
     Raises:
-        ValueError: if the threshold is neither a number nor ``otsu``.
+        ValueError: if the threshold is neither a number nor one of these words, or the shares are no two numbers in (0, 1],
+            the lower one first.
     """
 
-    def __init__(self, threshold: float | str = "otsu", minimum: float = 0.0) -> None:
-        self.threshold = threshold if threshold == "otsu" else float(threshold)
-        self.minimum = minimum
+    def __init__(
+        self, threshold: float | str = "otsu", minimum: float = 0.0, peak_shares: Sequence[float] = (0.25, 0.5)
+    ) -> None:
+        self.threshold = threshold if threshold in ("otsu", "peak") else float(threshold)
+        self.minimum, self.peak_shares = minimum, peak_shares
+        if len(peak_shares) != 2 or not 0 < peak_shares[0] <= peak_shares[1] <= 1:
+            raise ValueError(f"peak_shares must be two numbers in (0, 1], the lower one first, got {peak_shares}")
 
     def __call__(self, img: NdarrayOrTensor) -> MetaTensor:
         """
@@ -397,12 +316,11 @@ class MapToMask(Transform):
             uint8, same shape and meta data; empty for a map that is all zero.
         """
         image = convert_to_tensor(img, track_meta=True)
-        threshold = self._otsu(convert_to_numpy(image)) if self.threshold == "otsu" else self.threshold
+        if self.threshold == "peak":
+            mask, threshold = peak(convert_to_numpy(image), self.peak_shares, self.minimum)
+            return with_meta(torch.from_numpy(mask).to(image.device, torch.uint8), like=image, threshold=threshold)
+        threshold = otsu(convert_to_numpy(image), self.minimum) if self.threshold == "otsu" else self.threshold
         return with_meta((image.as_tensor() > threshold).to(torch.uint8), like=image, threshold=threshold)
-
-    def _otsu(self, anomaly_map: np.ndarray) -> float:
-        positive = anomaly_map[anomaly_map > 0]
-        return max(float(threshold_otsu(positive)), self.minimum) if positive.size else self.minimum
 
 
 class MapToMaskd(MapTransform):
@@ -413,6 +331,7 @@ class MapToMaskd(MapTransform):
         output_keys: keys of the masks.
         threshold: see there.
         minimum: see there.
+        peak_shares: see there.
         allow_missing_keys: don't raise an error if a key is missing.
     """
 
@@ -422,11 +341,12 @@ class MapToMaskd(MapTransform):
         output_keys: KeysCollection = "pred",
         threshold: float | str = "otsu",
         minimum: float = 0.0,
+        peak_shares: Sequence[float] = (0.25, 0.5),
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
-        self.cutter = MapToMask(threshold, minimum)
+        self.cutter = MapToMask(threshold, minimum, peak_shares)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

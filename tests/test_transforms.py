@@ -11,8 +11,8 @@ from PIL import Image
 from skimage.filters import threshold_otsu
 
 from scripts.data.reading import LoadSequencesd
+from scripts.grids import FitSlicesd
 from scripts.transforms import (
-    FitSlicesd,
     MapToMask,
     MapToMaskd,
     RestoreIntensityd,
@@ -20,7 +20,6 @@ from scripts.transforms import (
     ScaleIntensityByForegroundd,
     ScaleIntensityByWindow,
     ScaleIntensityByWindowd,
-    Spacingd,
     SplitPredictiond,
     has_foreground,
 )
@@ -375,13 +374,18 @@ def test_an_unknown_threshold_is_refused():
         MapToMask("otzu")
 
 
-# --- Spacingd
+def test_a_share_of_the_peak_finds_a_faint_lesion_and_drops_what_is_weak_beside_it():
+    anomaly = torch.zeros(1, 8, 8, 8)
+    anomaly[:, 1:3, 1:3, 1:3] = 0.04
+    anomaly[:, 3, 1:3, 1:3] = 0.012  # the lesion's rim
+    anomaly[:, 5:7, 5:7, 5:7] = 0.015  # above the lower share, but nowhere above the higher one
+    mask = MapToMask("peak", peak_shares=(0.25, 0.5))(anomaly)
+    assert mask[0, 1:4, 1:3, 1:3].all() and mask.sum() == 12 and mask.dtype == torch.uint8
+    assert mask.meta["threshold"] == pytest.approx(0.01)
+    assert not MapToMask("peak", minimum=0.05)(anomaly).any() and not MapToMask("peak")(0 * anomaly).any()
 
 
-def test_spacing_leaves_alone_what_is_called_like_the_image_and_can_be_undone(tmp_path):
-    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((4, 6, 2)), np.diag([2.0, 2, 5, 1])), tmp_path / "a.nii.gz")
-    path = str(tmp_path / "a.nii.gz")
-    preprocessing = Compose([LoadSequencesd("image", ["flair"]), Spacingd("image", pixdim=(1.0, 1.0, -1.0))])
-    data = preprocessing({"image": path, "image_path": path})
-    assert data["image"].shape == (1, 7, 11, 2) and data["image_path"] == path
-    assert preprocessing.inverse(data)["image"].shape == (1, 4, 6, 2)
+@pytest.mark.parametrize("shares", [(0.5, 0.25), (0.0, 0.5), (0.5, 1.5), (0.5,)])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="peak_shares"):
+        MapToMask("peak", peak_shares=shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -26,6 +27,8 @@ from scripts.data.grids import on_grid_of, stated_affine, taken_affine
 from scripts.transforms import with_meta
 
 __all__ = ["LoadSequencesd", "PICTURE_AFFINE", "open_nifti"]
+
+logger = logging.getLogger(__name__)
 
 # MONAI's arrays of pictures are (x, y) with y downwards; without a word it takes them to be RAS
 PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -157,9 +160,10 @@ class LoadSequencesd(MapTransform):
     ``data[key]`` is one path or a list of paths in the order of ``sequences``. One path is a 3-D file (NIfTI, MetaImage,
     NRRD), a 4-D one with the sequences along its last axis, a folder with one DICOM series (read through ITK) or, if
     ``min_ndim`` is 2, a picture, which becomes (C, H, W). Colours become grey; the 8 bits of a picture stay 0 to 255. In a
-    list, ``None`` stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path. Files on other grids are
-    brought to that of the first by the affines of both, see :func:`scripts.data.grids.on_grid_of`. Of a NIfTI header in
-    metres or microns, and of one whose two affines contradict each other, a warning says what was taken.
+    list, ``None`` stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path, ``meta["sequences"]`` what
+    the channels hold, such as ``t1,flair,t1ce<-flair`` where FLAIR stands in for T1ce. Files on other grids are brought to
+    that of the first by the affines of both, see :func:`scripts.data.grids.on_grid_of`. Of a NIfTI header in metres or
+    microns, and of one whose two affines contradict each other, a warning says what was taken.
 
     PNG, JPEG, TIFF and BMP have no geometry. Such a picture is taken to be in radiological view, the patient's left on
     the right, front up, with pixels of 1 mm: its affine is diag(-1, -1, 1, 1), its orientation LPS.
@@ -223,7 +227,7 @@ class LoadSequencesd(MapTransform):
                 f"{path}: the number of sequences is {len(image)}, this bundle wants {self.wanted}; "
                 "give one 4-D file with them along its last axis, or one file for each, in this order."
             )
-        return image
+        return self._named(image, path)
 
     def _load_list(self, paths: Sequence[str | os.PathLike | None]) -> MetaTensor:
         given = [path for path in paths if path is not None]
@@ -246,7 +250,20 @@ class LoadSequencesd(MapTransform):
                 raise ValueError(f"{path}: {len(image)} sequences where {name} is expected; give a file with it alone.")
             images[name] = on_grid_of(image, first)
         stacked = torch.cat([images.get(name, images.get(self.stand_in)) for name in self.sequences])
-        return with_meta(stacked.as_tensor(), like=first)
+        return self._named(with_meta(stacked.as_tensor(), like=first), case)
+
+    def _named(self, image: MetaTensor, case: str | os.PathLike) -> MetaTensor:
+        """The image, which says what its channels hold; some data sets repeat the stand-in in a file of its own."""
+        names = list(self.sequences)
+        if self.stand_in is not None:
+            present = image[names.index(self.stand_in)].as_tensor()
+            for i, name in enumerate(self.sequences):
+                if name != self.stand_in and torch.equal(image[i].as_tensor(), present):
+                    names[i] = f"{name}<-{self.stand_in}"
+        image.meta["sequences"] = ",".join(names)
+        if missing := [name.split("<-")[0] for name in names if "<-" in name]:
+            logger.warning(f"{case}: {self.stand_in} stands in for {', '.join(missing)}, which makes results worse")
+        return image
 
     def _read(self, path: str | os.PathLike) -> MetaTensor:
         scan = None

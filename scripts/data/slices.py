@@ -166,11 +166,12 @@ class SliceDataset(Dataset):
                 failures.append(f"{name}: {root_cause(error)}")
                 continue
             slices = slices if isinstance(slices, list) else [{"class_label": 0, "position": 0.0, **slices}]
-            self.slices += [{**s, "image": s["image"].half()} for s in slices]
+            self.slices += [{"case": name, **s, "image": s["image"].half()} for s in slices]
         if failures:
             raise ValueError(f"{len(failures)} of {len(data)} cases can't be used for training:\n" + "\n".join(failures))
         self.class_labels = np.array([s["class_label"] for s in self.slices])
         self.positions = np.array([s["position"] for s in self.slices])
+        self.cases = np.array([s.get("patient", s["case"]) for s in self.slices])
         found = sorted(set(self.class_labels.tolist()))
         if found != sorted(classes):
             wanted = " and ".join(f"{('healthy', 'diseased')[label]} ({label})" for label in sorted(classes))
@@ -194,7 +195,7 @@ class SliceDataset(Dataset):
             self.augmentation.set_random_state(seed=seed)
         return self.augmentation(item)
 
-    def cases(self) -> list[Tensor]:
+    def slices_by_case(self) -> list[Tensor]:
         """The slices of each case, (N, C, H, W)."""
         found: dict[str, list[Tensor]] = {}
         for item in self.slices:
@@ -210,9 +211,10 @@ class BalancedBatchSampler(Sampler):
     slice in the head in place of the lesion.
 
     Args:
-        dataset: has ``class_labels`` and ``positions`` (0 ... 1), one for each slice.
+        dataset: has ``class_labels``, ``positions`` (0 ... 1) and, for ``by_case``, ``cases``, one for each slice.
         batch_size: slices in a batch of this process.
         matched: share of the healthy slices that is drawn by the positions of the diseased; the rest evenly.
+        by_case: draw the cases evenly, however many slices of a class they have; if not, the slices.
         seed: seed of all batches.
         rank: number of this process: of batches of ``world_size * batch_size`` slices, which one process would take, it gets
             every ``world_size``-th slice, beginning with this one.
@@ -224,6 +226,7 @@ class BalancedBatchSampler(Sampler):
         dataset: SliceDataset,
         batch_size: int,
         matched: float = 0.7,
+        by_case: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -236,6 +239,19 @@ class BalancedBatchSampler(Sampler):
         weight = (counts[1] / np.maximum(counts[0], 1))[bins[self.healthy]]
         evenly = np.full(len(self.healthy), 1 / len(self.healthy))
         self.weight = matched * weight / weight.sum() + (1 - matched) * evenly if weight.sum() else evenly
+        self.diseased_weight = None
+        if by_case:
+            self.weight, self.diseased_weight = (
+                self._share_by_case(dataset.cases[part], weight)
+                for part, weight in ((self.healthy, self.weight), (self.diseased, np.ones(len(self.diseased))))
+            )
+
+    @staticmethod
+    def _share_by_case(cases: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Weights that keep their proportions within each case, and whose sum is the same for all cases, 1 together."""
+        _, case = np.unique(cases, return_inverse=True)
+        share = weight / np.maximum(np.bincount(case, weights=weight)[case], 1e-12)  # none where a case has no weight
+        return share / share.sum()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for iteration in itertools.count(self.start):
@@ -244,7 +260,7 @@ class BalancedBatchSampler(Sampler):
             num_diseased = size // 2
             chosen = np.concatenate(
                 [
-                    rng.choice(self.diseased, num_diseased),
+                    rng.choice(self.diseased, num_diseased, p=self.diseased_weight),
                     rng.choice(self.healthy, size - num_diseased, p=self.weight),
                 ]
             )

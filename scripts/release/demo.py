@@ -89,7 +89,7 @@ def draw_scan(bundle: Path, path: Path, num_slices: int = 8, seed: int = 0) -> N
 
     A network that can ``draw`` healthy slices draws them, each by itself, and the middle one gets a sprite (head CT, 3-D,
     4.5 x 4.5 x 5 mm, axes to the left and the back). Otherwise the network translates a phantom (brain MRI, 4-D with the
-    sequences last, 2 x 2 x 5 mm, axes to the right and the front).
+    sequences last, 2 x 2 x 5 mm, axes to the right and the back).
 
     Args:
         bundle: folder of an anomaly bundle.
@@ -103,6 +103,6 @@ def draw_scan(bundle: Path, path: Path, num_slices: int = 8, seed: int = 0) -> N
         middle = slice(num_slices // 2, num_slices // 2 + 1)
         slices[middle], _ = paint_sprites(slices[middle], seed, radius=(6, 9), contrast=0.3)
     else:
-        slices, spacing = _translated_phantom(bundle, num_slices, seed), [2.0, 2.0, 5.0]
+        slices, spacing = _translated_phantom(bundle, num_slices, seed), [2.0, -2.0, 5.0]
     scan = (255 * slices).round().byte().permute(2, 3, 0, 1).cpu().numpy()  # (H, W, D, C)
     nib.save(nib.Nifti1Image(scan[..., 0] if scan.shape[3] == 1 else scan, np.diag([*spacing, 1.0])), path)

@@ -12,8 +12,8 @@ from made_inputs import SECTIONS, table, touch
 from scripts.data.cines import LoadCined, assume_spacing, find_cines, lost_spacing
 from scripts.data.cohort import CohortDataset
 from scripts.data.sections import cine_section_of, section_of
+from scripts.grids import Spacingd
 from scripts.tasks.motion.metrics import volume_curve
-from scripts.transforms import Spacingd
 
 # --- find_cines
 

@@ -386,3 +386,24 @@ def test_an_affine_that_differs_by_rounding_is_the_same_grid(tmp_path):
 def test_a_stand_in_that_is_no_sequence_is_refused():
     with pytest.raises(ValueError, match="stand_in"):
         LoadSequencesd("image", ["T1"], stand_in="FLAIR")
+
+
+# --- what the channels hold
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("t1", "flair", "t1ce"), "t1,flair,t1ce"),
+        (("flair",), "t1<-flair,flair,t1ce<-flair"),
+        (("t1", "flair"), "t1,flair,t1ce<-flair"),
+        (("t1", "flair", "flair again"), "t1,flair,t1ce<-flair"),
+    ],
+)
+def test_a_sequence_that_stands_in_is_told_even_where_its_file_was_copied(tmp_path, caplog, given, expected):
+    seeds = {"t1": 1, "flair": 2, "t1ce": 3, "flair again": 2}
+    paths = [save(tmp_path / f"{name}.nii", noise(4, 5, 6, seed=seeds[name])) for name in given]
+    paths = paths if len(given) != 2 else [*paths, None]
+    image = load(paths, ("t1", "flair", "t1ce"), stand_in="flair")
+    assert image.meta["sequences"] == expected
+    assert ("flair stands in for" in caplog.text) == ("<-" in expected)

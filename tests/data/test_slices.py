@@ -131,8 +131,8 @@ def test_slices_of_all_cases_are_kept_in_half_precision_and_given_in_single():
     item = dataset[1]
     assert item["image"].dtype == torch.float32 and item["class_label"] == 1
     torch.testing.assert_close(item["image"], torch.full((1, 4, 4), 0.1), rtol=1e-3, atol=0)
-    assert [slices.shape for slices in dataset.cases()] == [(2, 1, 4, 4), (1, 1, 4, 4)]
-    torch.testing.assert_close(dataset.cases()[0][1], item["image"])
+    assert [slices.shape for slices in dataset.slices_by_case()] == [(2, 1, 4, 4), (1, 1, 4, 4)]
+    torch.testing.assert_close(dataset.slices_by_case()[0][1], item["image"])
 
 
 def test_all_bad_cases_are_named_before_any_training():
@@ -271,6 +271,22 @@ def test_healthy_slices_that_never_lie_near_diseased_ones_are_drawn_evenly():
     dataset = SimpleNamespace(class_labels=np.array([0] * 4 + [1]), positions=np.array([0.0, 0.1, 0.2, 0.3, 0.9]))
     counts = Counter(healthy_positions(matched=1, dataset=dataset).tolist())
     assert len(counts) == 4 and min(counts.values()) > 150
+
+
+def test_cases_are_drawn_evenly_however_many_slices_they_have():
+    dataset = labelled(num_healthy=40, num_diseased=20)
+    dataset.cases = np.array(["a"] * 36 + ["b"] * 4 + ["a"] * 2 + ["b"] * 18)
+    chosen = [i for batch in itertools.islice(BalancedBatchSampler(dataset, 8, by_case=True), 300) for i, _ in batch]
+    for label in (0, 1):
+        drawn = dataset.cases[[i for i in chosen if dataset.class_labels[i] == label]]
+        assert (drawn == "a").mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_case_whose_healthy_slices_lie_nowhere_near_diseased_ones_does_not_stop_the_drawing():
+    dataset = labelled(num_healthy=40, num_diseased=20)
+    dataset.cases = np.array(["bottom"] * 10 + ["a"] * 50)
+    chosen = [i for batch in itertools.islice(BalancedBatchSampler(dataset, 8, 1.0, by_case=True), 20) for i, _ in batch]
+    assert set(dataset.cases[chosen]) == {"a"}
 
 
 def test_a_loader_gives_the_batches_of_the_sampler():

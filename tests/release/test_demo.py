@@ -41,7 +41,7 @@ def test_a_network_that_translates_gives_a_volume_with_all_sequences(tmp_path, m
     monkeypatch.setattr(demo, "build_network", build_network)
     demo.draw_scan(tmp_path, tmp_path / "scan.nii.gz", num_slices=4)
     scan = nib.load(tmp_path / "scan.nii.gz")
-    assert scan.shape == (32, 32, 4, 2) and nib.aff2axcodes(scan.affine) == ("R", "A", "S")
+    assert scan.shape == (32, 32, 4, 2) and nib.aff2axcodes(scan.affine) == ("R", "P", "S")
     assert np.asarray(scan.dataobj).max() > 0 and scan.header.get_zooms()[:3] == pytest.approx((2, 2, 5))
 
 

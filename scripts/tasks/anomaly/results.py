@@ -25,8 +25,9 @@ class CaseSaver(FolderSaver):
 
     ``<case>/<case>_seg.nii.gz`` (uint8, from ``pred``), ``_map.nii.gz`` (float32, from ``map``), ``_healthy.nii.gz`` (from
     ``healthy``, in the scan's own units, sequences in the last axis), ``_overview.png``, and a row in ``results.csv``:
-    volume of the finding in ml, score (largest mean of the anomaly map over an axial slice, whatever axes the scan is stored
-    with), and the largest probability of disease over the slices, or what the network has in its place.
+    which sequences were there, if there can be several (``t1,flair,t1ce<-flair``: FLAIR stands in for T1ce), volume of the
+    finding in ml, score (largest mean of the anomaly map over an axial slice, whatever axes the scan is stored with), and
+    the largest probability of disease over the slices, or what the network has in its place.
 
     Of a case that was read from the folder of a DICOM series, also ``_seg.dcm``, see
     :func:`scripts.data.dicom.write_segmentation`. Where that can't be made (no geometry, several frames a file, …) a warning
@@ -77,7 +78,9 @@ class CaseSaver(FolderSaver):
             )
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
+        names = case["image"].meta.get("sequences", "")
         return {
+            **({"sequences": names} if "," in names else {}),
             "finding_ml": f"{millilitres(case['pred']):.3f}",
             "score": f"{upright(case['map'])[0].flatten(0, 1).mean(dim=0).max().item():.5f}",
             self.slice_score: f"{case[self.slice_score].max().item():.4f}",

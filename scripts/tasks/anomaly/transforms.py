@@ -1,4 +1,4 @@
-"""Transforms of the anomaly bundles alone: lesions of masks, painted sprites, sequences that stand in."""
+"""Transforms of the anomaly bundles alone: backgrounds, lesions, sprites, sequences that stand in, stripped heads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,28 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, MapTransform, RandomizableTransform, Transform
+from monai.data.utils import affine_to_spacing
+from monai.transforms import GaussianSmooth, LoadImage, MapTransform, RandomizableTransform, Transform
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor
 from scipy import ndimage
 from skimage.filters import threshold_otsu
+from skimage.morphology import disk
+from torch import Tensor
 
-__all__ = ["RandSprited", "RandStandInd", "RemoveSmallLesions", "RemoveSmallLesionsd", "cohort_otsu"]
+from scripts.transforms import ScaleIntensityByForeground, with_meta
+
+__all__ = [
+    "RandSkullStripd",
+    "RandSprited",
+    "RandStandInd",
+    "RemoveSmallLesions",
+    "RemoveSmallLesionsd",
+    "ShiftBackground",
+    "ShiftBackgroundd",
+    "SmoothAcrossSlicesd",
+    "brain_mask",
+    "cohort_otsu",
+]
 
 # Inside or not, for coordinates in units of the radius; ``aspect`` is the short axis of the ellipse. The factor 1.2
 # keeps the heart within about the radius.
@@ -106,6 +122,103 @@ class RemoveSmallLesionsd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.remover(d[key])
+        return d
+
+
+class ShiftBackground(Transform):
+    """Shift MRI with negative grey levels, such as z-scored scans, so that its background is 0.
+
+    The background is the value that many voxels share. If it is the least one, as where a whole scan was z-scored, it
+    becomes 0. If it lies between the others, as where only the brain was z-scored, the least of the others becomes 0 too.
+    Where no value is shared, the corners must be among the lowest. What remains below 0 is set to 0.
+    ``meta["intensity_offset"]`` is a list with one number a channel, which
+    :class:`scripts.transforms.RestoreIntensityd` adds.
+
+    A channel whose negative values are few or small, as resampling makes them, stays as it is.
+
+    Raises:
+        ValueError: with the file's name, where the background can't be told.
+    """
+
+    least_share = 0.05  # of the voxels that share a value, to be a background
+    percentiles = 0.1, 99.9  # what counts as the least and the largest value
+
+    def __call__(self, img: NdarrayOrTensor) -> MetaTensor:
+        """
+        Args:
+            img: volume (C, H, W, D), any unit.
+
+        Returns:
+            same shape; float32, 0 or more in the channels that were shifted.
+        """
+        image = convert_to_tensor(img, dtype=torch.float32, track_meta=True)
+        channels, offsets = [], []
+        for number, channel in enumerate(image.as_tensor()):
+            low, high = np.percentile(convert_to_numpy(channel), self.percentiles)
+            if low >= -0.02 * max(high, 0):
+                channels.append(channel)
+                offsets.append(0.0)
+                continue
+            shown, offset = self._foreground(channel, low, high)
+            if offset is None:
+                raise ValueError(
+                    f"{image.meta.get('filename_or_obj', 'image')}: negative grey levels in sequence {number + 1}, and no "
+                    "background among the lowest; give the scan as the scanner made it, or with a constant background."
+                )
+            channels.append(torch.where(shown, (channel - offset).clamp(min=0), 0.0))
+            offsets.append(offset)
+        return with_meta(torch.stack(channels), like=image, intensity_offset=offsets) if any(offsets) else image
+
+    def _foreground(self, channel: Tensor, low: float, high: float) -> tuple[Tensor, float | None]:
+        """What is no background, bool, and the value that becomes 0."""
+        values, counts = channel.unique(return_counts=True)
+        if counts.max() >= self.least_share * channel.numel():
+            background = float(values[counts.argmax()])
+            shown = channel != background
+            return shown, min(background, float(np.percentile(convert_to_numpy(channel[shown]), self.percentiles[0])))
+        corners = torch.stack([channel[h, w] for h in (0, -1) for w in (0, -1)])
+        lowest = float(corners.median()) <= low + (high - low) / 5
+        return torch.ones_like(channel, dtype=torch.bool), float(low) if lowest else None
+
+
+class ShiftBackgroundd(MapTransform):
+    """Dictionary form of :class:`ShiftBackground`.
+
+    Args:
+        keys: keys of the volumes.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.shifter = ShiftBackground()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.shifter(d[key])
+        return d
+
+
+class SmoothAcrossSlicesd(MapTransform):
+    """Gaussian filter along the last axis of a volume, as wide in millimetres however thick the slices are.
+
+    Args:
+        keys: keys of the volumes (C, H, W, D).
+        sigma: standard deviation in millimetres; 0 for none.
+        ref_key: key of the volume that knows the distance of the slices.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(self, keys: KeysCollection, sigma: float, ref_key: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.sigma, self.ref_key = sigma, ref_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        distance = float(affine_to_spacing(d[self.ref_key].affine, 3)[2])
+        for key in self.key_iterator(d):
+            d[key] = GaussianSmooth([0.0, 0.0, self.sigma / distance])(d[key])
         return d
 
 
@@ -199,24 +312,92 @@ class RandSprited(RandomizableTransform, MapTransform):
 
 
 class RandStandInd(RandomizableTransform, MapTransform):
-    """Put one sequence in the place of all others, as :class:`LoadSequencesd` does for a patient who has only this one.
+    """Put one sequence in the place of others, as :class:`LoadSequencesd` does for a patient who lacks them.
 
     Args:
         keys: keys of the images (C, H, W[, D]).
         channel: number of the sequence that stands in.
         prob: how often.
+        replaced: numbers of the sequences that it takes the place of; None for all.
         allow_missing_keys: don't raise an error if a key is missing.
     """
 
-    def __init__(self, keys: KeysCollection, channel: int, prob: float = 0.1, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        channel: int,
+        prob: float = 0.1,
+        replaced: Sequence[int] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, prob)
-        self.channel = channel
+        self.channel, self.replaced = channel, replaced
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         self.randomize(None)
         if self._do_transform:
             for key in self.key_iterator(d):
-                d[key] = d[key][self.channel : self.channel + 1].expand_as(d[key]).clone()
+                replaced = range(len(d[key])) if self.replaced is None else self.replaced
+                d[key] = d[key][[self.channel if i in replaced else i for i in range(len(d[key]))]]
+        return d
+
+
+def brain_mask(image: np.ndarray) -> np.ndarray:
+    """Rough mask of the brain in an axial MRI slice of the whole head, by thresholds and morphology.
+
+    The skull is dark in every sequence, so an opening parts the brain from scalp and fat. Good enough to train with: below
+    the brain, parts of the face stay.
+
+    Args:
+        image: slice (C, H, W), the head's median at 0.4 (:class:`ScaleIntensityByForeground`), pixels of about 2 mm.
+
+    Returns:
+        bool (H, W); empty where nothing is found.
+    """
+    head = ndimage.binary_opening(ndimage.binary_fill_holes((image > 0.1).any(axis=0)), disk(2))
+    depth = ndimage.distance_transform_edt(head)
+    fat = ndimage.binary_dilation(image.min(axis=0) > 0.7)
+    soft = (image.mean(axis=0) > 0.22) & (depth > 4) & ~fat
+    parts, number = ndimage.label(ndimage.binary_opening(soft, disk(4)))
+    if not number:
+        return np.zeros_like(head)
+    weight = np.bincount(parts.ravel(), weights=depth.ravel())  # large and deep inside: the brain
+    weight[0] = 0
+    brain = np.pad(parts == weight.argmax(), 8)  # or else the closing would end at the border
+    brain = ndimage.binary_fill_holes(ndimage.binary_closing(brain, disk(6))[8:-8, 8:-8])
+    return brain & (depth > (7 if brain.sum() > 0.75 * head.sum() else 4))  # nothing was parted: further in
+
+
+class RandSkullStripd(RandomizableTransform, MapTransform):
+    """Leave only the brain of an axial MRI slice, as in data sets whose skulls were stripped.
+
+    The grey levels are scaled anew, since the median of such a scan's foreground is the brain's. Slices with less than
+    ``min_brain`` brain stay whole.
+
+    Args:
+        keys: keys of the slices, see :func:`brain_mask`.
+        prob: how often.
+        min_brain: least share of brain pixels in a slice, in [0, 1].
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, prob: float = 0.1, min_brain: float = 0.05, allow_missing_keys: bool = False
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        self.min_brain = min_brain
+        self.scaler = ScaleIntensityByForeground()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            for key in self.key_iterator(d):
+                brain = brain_mask(convert_to_numpy(d[key]))
+                if brain.mean() >= self.min_brain:
+                    stripped = d[key] * convert_to_dst_type(brain, d[key])[0]
+                    d[key] = convert_to_dst_type(self.scaler(stripped), d[key])[0]
         return d

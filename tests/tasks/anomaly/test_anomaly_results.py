@@ -281,3 +281,13 @@ def test_an_evaluator_ends_before_the_first_case_when_nothing_can_be_written(tmp
     with pytest.raises(SystemExit, match="can't write there"):
         evaluator.run()
     assert evaluator.state.iteration == 0
+
+
+def test_the_table_says_which_sequences_were_there(tmp_path):
+    case = finding()
+    case["image"].meta["sequences"] = "t1,flair,t1ce<-flair"
+    saver(tmp_path / "some").save(case)
+    assert rows(tmp_path / "some")[0]["sequences"] == "t1,flair,t1ce<-flair"
+    case["image"].meta["sequences"] = "CT"
+    saver(tmp_path / "one").save(case)
+    assert "sequences" not in rows(tmp_path / "one")[0], "a bundle of one sequence has nothing to tell"

@@ -7,7 +7,18 @@ from made_inputs import AFFINE, anomaly_map, noise, save
 from monai.data import MetaTensor
 from skimage.filters import threshold_otsu
 
-from scripts.tasks.anomaly.transforms import RandSprited, RandStandInd, RemoveSmallLesions, RemoveSmallLesionsd, cohort_otsu
+from scripts.tasks.anomaly.transforms import (
+    RandSkullStripd,
+    RandSprited,
+    RandStandInd,
+    RemoveSmallLesions,
+    RemoveSmallLesionsd,
+    ShiftBackground,
+    SmoothAcrossSlicesd,
+    brain_mask,
+    cohort_otsu,
+)
+from scripts.transforms import RestoreIntensityd, ScaleIntensityByForegroundd
 
 # --- cohort_otsu
 
@@ -162,3 +173,108 @@ def test_the_stand_in_is_drawn_from_the_seed():
     first = [replaced(seed) for seed in range(40)]
     assert first == [replaced(seed) for seed in range(40)]
     assert 10 < sum(first) < 30
+
+
+def test_the_stand_in_takes_the_place_of_one_sequence_where_only_that_is_replaced():
+    image = torch.from_numpy(noise(3, 4, 4))
+    replaced = RandStandInd("image", channel=1, prob=1.0, replaced=[2])({"image": image})["image"]
+    assert torch.equal(replaced, image[[0, 1, 1]])
+
+
+# --- RandSkullStripd
+
+
+def whole_head():
+    """A slice (3, 128, 128) with scalp, skull and brain, and where the brain is."""
+    x, y = np.mgrid[-1:1:128j, -1:1:128j]
+    radius = np.hypot(x / 0.65, y / 0.8)
+    image = np.select([radius < 0.8, radius < 0.9, radius < 1], [0.4, 0.05, 0.7], 0.0).astype(np.float32)
+    image[60:70, 60:70] += 0.3
+    return torch.from_numpy(np.stack([image] * 3)), radius < 0.8
+
+
+def test_the_brain_of_a_head_is_found_and_nothing_else_stays():
+    image, brain = whole_head()
+    found = brain_mask(image.numpy())
+    assert 2 * (found & brain).sum() / (found.sum() + brain.sum()) > 0.97
+    stripped = RandSkullStripd("image", prob=1.0)({"image": 0.8 * image})["image"]
+    assert not stripped[:, ~found].any() and stripped.shape == image.shape
+    assert stripped[:, 45, 64].tolist() == pytest.approx([0.4] * 3), "the brain's median is where a stripped scan's is"
+    assert torch.equal(RandSkullStripd("image", prob=0.0)({"image": image})["image"], image)
+
+
+@pytest.mark.parametrize("grey", [0.0, 0.6])
+def test_a_slice_without_a_brain_is_not_stripped(grey):
+    image = torch.zeros(3, 128, 128)
+    image[:, 55:70, 55:70] = grey
+    assert torch.equal(RandSkullStripd("image", prob=1.0)({"image": image})["image"], image)
+
+
+# --- ShiftBackground
+
+
+def scan_in_air(air=0.0):
+    """A volume (2, 32, 32, 4) as a scanner gives it: a head of 50 to 150 in air."""
+    rng = np.random.default_rng(0)
+    x, y = np.mgrid[-1:1:32j, -1:1:32j]
+    head = np.broadcast_to((np.hypot(x, y) < 0.7)[..., None], (2, 32, 32, 4))
+    voxels = np.where(head, rng.uniform(50, 150, head.shape), rng.uniform(0, 1, head.shape) * air)
+    return MetaTensor(torch.from_numpy(voxels.astype(np.float32)), meta={"filename_or_obj": "scan.nii.gz"}), head
+
+
+@pytest.mark.parametrize("air", [0.0, 3.0])
+def test_a_scan_that_was_z_scored_as_a_whole_is_as_it_was_before(air):
+    scan, _ = scan_in_air(air)
+    shifted = ShiftBackground()((scan - scan.mean()) / scan.std())
+    assert torch.allclose(shifted * scan.std(), scan, atol=0.1)
+    assert (shifted >= 0).all() and len(shifted.meta["intensity_offset"]) == 2
+
+
+def test_no_brain_is_lost_where_only_the_brain_was_z_scored():
+    scan, head = scan_in_air()
+    inside = scan[torch.from_numpy(head.copy())]
+    scored = torch.where(torch.from_numpy(head.copy()), (scan - inside.mean()) / inside.std(), 0.0)
+    shifted = ShiftBackground()(scored)
+    assert not shifted[torch.from_numpy(~head)].any()
+    assert (shifted[torch.from_numpy(head.copy())] > 0).float().mean() > 0.99
+
+
+def test_results_of_a_shifted_scan_come_back_in_its_own_units():
+    scan, _ = scan_in_air()
+    scored = (scan - scan.mean()) / scan.std()
+    data = ScaleIntensityByForegroundd("image")({"image": ShiftBackground()(scored)})
+    assert torch.allclose(RestoreIntensityd("image")(data)["image"], scored, atol=0.01)
+
+
+def test_scans_without_much_below_zero_stay_as_they_are():
+    scan, _ = scan_in_air()
+    assert ShiftBackground()(scan) is scan
+    ringing = scan - 1 * (scan == 0)
+    assert torch.equal(ShiftBackground()(ringing), ringing)
+
+
+def test_negative_grey_levels_without_a_background_are_refused_with_the_name():
+    voxels = torch.randn(1, 16, 16, 4)
+    voxels[:, [0, 0, -1, -1], [0, -1, 0, -1]] = 0.1
+    with pytest.raises(ValueError, match="scan.nii.gz: negative grey levels in sequence 1"):
+        ShiftBackground()(MetaTensor(voxels, meta={"filename_or_obj": "scan.nii.gz"}))
+
+
+# --- SmoothAcrossSlicesd
+
+
+@pytest.mark.parametrize("distance", [1.0, 2.5, 5.0])
+def test_maps_are_smoothed_as_wide_in_millimetres_however_thick_the_slices_are(distance):
+    affine = torch.diag(torch.tensor([2.0, 2, distance, 1]))
+    anomaly = torch.zeros(1, 2, 2, 101)
+    anomaly[..., 50] = 1
+    data = {"map": MetaTensor(anomaly, affine=affine), "image": MetaTensor(anomaly, affine=affine)}
+    smoothed = SmoothAcrossSlicesd("map", sigma=5.0)(data)["map"][0, 0, 0].numpy()
+    places = distance * (np.arange(101) - 50)
+    assert smoothed.sum() == pytest.approx(1, abs=1e-3)
+    assert np.sqrt((smoothed * places**2).sum()) == pytest.approx(5, rel=0.06)
+
+
+def test_no_width_smooths_nothing():
+    anomaly = MetaTensor(torch.rand(1, 2, 2, 5))
+    assert torch.equal(SmoothAcrossSlicesd("map", sigma=0.0)({"map": anomaly, "image": anomaly})["map"], anomaly)

@@ -9,8 +9,8 @@ from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.transforms import Compose, Invertd, Orientationd
 
 from scripts.data.cines import LoadCined
+from scripts.grids import Spacingd
 from scripts.tasks.motion.transforms import DisplacementToWorldd, MeasureFoldingd, ScaleIntensityBySourced, WarpSourced
-from scripts.transforms import Spacingd
 
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])
 
