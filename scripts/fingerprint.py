@@ -29,6 +29,7 @@ __all__ = ["CompareWithTrainingd", "Fingerprint", "figures_of"]
 
 FOREGROUND = 0.1  # grey level, see has_foreground
 SHRINKAGE = 0.3  # of the covariances towards their diagonal: there are few patients
+TOLERANCE = 0.01  # of a figure, a grey level or a hundredth of a size; what differs less does not count
 KEPT = 0.9  # share of the training cases, the innermost, that mean and covariance are taken of
 
 
@@ -110,8 +111,8 @@ class Group:
         for _ in range(3):
             mean, centred = kept.mean(dim=0), kept - kept.mean(dim=0)
             covariance = centred.T @ centred / len(kept)
-            spread = covariance.diagonal() + 1e-6
-            covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(spread)
+            diagonal = torch.diag(covariance.diagonal())
+            covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal + TOLERANCE**2 * torch.eye(len(diagonal))
             group = cls(mean.tolist(), torch.linalg.inv(covariance).tolist())
             distances = group.distance(figures)
             kept = figures[distances <= distances.quantile(KEPT)]
@@ -158,7 +159,8 @@ class Fingerprint:
             fold = torch.arange(len(values)) % folds
             left_out = [Group.of(values[fold != k]).distance(values[fold == k]) for k in range(folds)]
             group = Group.of(values)
-            groups[name] = Group(group.mean, group.precision, torch.cat(left_out).quantile(share).item())
+            limit = max(torch.cat(left_out).quantile(share).item(), 1.0)
+            groups[name] = Group(group.mean, group.precision, limit)
         return cls(groups, len(shown))
 
     def compare(self, slices: Tensor) -> dict[str, float]:

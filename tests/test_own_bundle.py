@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BRAIN, ROOT, files_below, rows_of, run_forked, save_patient
+from conftest import BRAIN, ROOT, files_below, make_head, rows_of, run_forked, save_nifti, save_patient
 from monai.bundle import ConfigParser
 
 from scripts import __main__ as main
@@ -117,6 +117,24 @@ def test_benchmark_tells_its_work(bundle, patients, caplog, own_imports):
     with caplog.at_level(logging.INFO):
         main.run_benchmark(str(bundle), str(patients), num_slices=2)
     assert "published: passes 4" in caplog.text and "work: 4.0 times less" in caplog.text
+
+
+def test_its_fingerprint_is_measured_by_one_command_and_says_what_is_unlike(bundle, tmp_path, capsys, own_imports):
+    folder = shutil.copytree(bundle, tmp_path / bundle.name, symlinks=True)
+    (folder / "models" / "fingerprint.json").unlink()
+    for number in range(40):
+        save_patient(tmp_path / "patients", f"p{number}", seed=number, num_slices=2)
+    main.fingerprint(str(folder), str(tmp_path / "patients"))
+    assert "training cases" in capsys.readouterr().out
+    scan = make_head(2, seed=99)[0]
+    for name, data in (("plain", scan), ("small", scan[::2, ::2])):
+        save_nifti(tmp_path / "scans" / f"{name}.nii.gz", data)
+    done = run_forked(
+        folder, "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, small = rows_of(tmp_path / "out" / "results.csv")
+    assert float(plain["unlike_training"]) < 2 < float(small["unlike_training"]) and "size" in small["unlike_in"]
 
 
 def test_its_package_holds_the_network_and_gives_the_same_files(bundle, patients, result, tmp_path):

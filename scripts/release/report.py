@@ -57,6 +57,8 @@ HEADINGS = {
     "slice_auroc": "AUROC of slices",
     "slice_auprc": "AUPRC of slices",
     "healthy_ratio": "map of healthy slices / in lesions",
+    "unlike_training": "unlike the training (1 = hardly any training case)",
+    "unlike_in": "unlike in",
     "source_frame": "source (frame)",
     "target_frame": "target (frame)",
     "frames_by": "frames known by",
@@ -177,6 +179,11 @@ def _is_doubtful(row: Mapping[str, str]) -> bool:
     return _number(row.get("finding_ml", "")) > 0 and any(_number(row.get(name, "")) < LIKELY_ILL for name in SLICE_SCORES)
 
 
+def _is_unlike(row: Mapping[str, str]) -> bool:
+    """Whether a scan is more unlike the training's than nearly all of these are."""
+    return _number(row.get("unlike_training", "")) > 1
+
+
 def _title(rows: Sequence[Mapping[str, str]]) -> str:
     return escape(", ".join(dict.fromkeys(row.get("bundle", "") for row in rows)) or "Results")
 
@@ -218,6 +225,8 @@ def _header(rows: Sequence[Mapping[str, str]], failures: Sequence[Mapping[str, s
     facts += [("cases", str(len(rows)))]
     if rows and not rows[0].keys().isdisjoint(SLICE_SCORES):
         facts += [("doubtful findings", str(sum(map(_is_doubtful, rows))))]
+    if rows and "unlike_training" in rows[0]:
+        facts += [("unlike the training", str(sum(map(_is_unlike, rows))))]
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts)
     failed = f'<a href="#failures">{len(failures)}</a>' if failures else "none on record"
     return f"<h1>{_title(rows)}</h1>\n<dl>\n{items}<div><dt>failed</dt><dd>{failed}</dd></div>\n</dl>\n"
@@ -271,7 +280,11 @@ def _cases(rows: Sequence[Mapping[str, str]], results_dir: Path, page_dir: Path)
         cells = [_picture(row["case"], results_dir, page_dir, pixels), f'<th scope="row">{escape(row["case"])}</th>']
         for name in columns:
             text = escape(row[name]) if row[name] not in ("", "nan") else "–"
-            mark = '<span class="doubt">doubtful finding</span>' if name in SLICE_SCORES and _is_doubtful(row) else ""
+            mark = ""
+            if name in SLICE_SCORES and _is_doubtful(row):
+                mark = '<span class="doubt">doubtful finding</span>'
+            elif name == "unlike_training" and _is_unlike(row):
+                mark = '<span class="doubt">unlike the training</span>'
             cells.append(f"<td{' class=number' if name in numbers else ''}>{text}{mark}</td>")
         lines.append(f"<tr{' class=doubtful' if _is_doubtful(row) else ''}>{''.join(cells)}</tr>\n")
 

@@ -125,6 +125,16 @@ def test_two_runs_give_the_same_bytes(results):
     ]
 
 
+def test_a_scan_unlike_the_trainings_is_marked_and_counted(tmp_path):
+    unlike = [("a", "1.40", "size, grey levels"), ("b", "0.99", ""), ("c", "", "")]
+    write_table(tmp_path / "results.csv", [result(c, unlike_training=ratio, unlike_in=names) for c, ratio, names in unlike])
+    page = Page(report(tmp_path))
+    assert page.facts()["unlike the training"] == "1"
+    heading = next(name for name in page.rows()[0] if name.startswith("unlike the training"))
+    assert [row["case"] for row in page.rows() if row[heading].endswith("unlike the training")] == ["a"]
+    assert page.rows()[0]["unlike in"] == "size, grey levels"
+
+
 @pytest.mark.parametrize("called", ["probability", "abnormality"])
 def test_a_finding_in_a_case_that_looks_healthy_is_marked_and_a_healthy_case_is_not(results, called):
     cases = [("b10", 294.1, 0.9659), ("b9", 3, 0.4999), (SCRIPT_NAME, 20, 0.5), ("no # picture %41", 0, 0.01)]

@@ -27,7 +27,8 @@ class CaseSaver(FolderSaver):
     ``healthy``, in the scan's own units, sequences in the last axis), ``_overview.png``, and a row in ``results.csv``:
     which sequences were there, if there can be several (``t1,flair,t1ce<-flair``: FLAIR stands in for T1ce), volume of the
     finding in ml, score (largest mean of the anomaly map over an axial slice, whatever axes the scan is stored with), and
-    the largest probability of disease over the slices, or what the network has in its place.
+    the largest probability of disease over the slices, or what the network has in its place; and, if the bundle has a
+    fingerprint of its training, how unlike that the scan is (above 1: more than nearly all training cases) and in what.
 
     Of a case that was read from the folder of a DICOM series, also ``_seg.dcm``, see
     :func:`scripts.data.dicom.write_segmentation`. Where that can't be made (no geometry, several frames a file, …) a warning
@@ -78,12 +79,13 @@ class CaseSaver(FolderSaver):
             )
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
-        names = case["image"].meta.get("sequences", "")
+        names, unlike = (case["image"].meta.get(key) for key in ("sequences", "unlike_training"))
         return {
-            **({"sequences": names} if "," in names else {}),
+            **({"sequences": names} if names and "," in names else {}),
             "finding_ml": f"{millilitres(case['pred']):.3f}",
             "score": f"{upright(case['map'])[0].flatten(0, 1).mean(dim=0).max().item():.5f}",
             self.slice_score: f"{case[self.slice_score].max().item():.4f}",
+            **(_unlike_columns(unlike) if unlike is not None else {}),
         }
 
     def rows(self) -> list[dict[str, str]]:
@@ -100,3 +102,9 @@ class CaseSaver(FolderSaver):
             raise
         except Exception as error:  # the library has many ways to refuse a header
             logger.warning(f"no {path.name}, the NIfTI files hold the results: {root_cause(error)}")
+
+
+def _unlike_columns(unlike: Mapping[str, float]) -> dict[str, str]:
+    """What :meth:`scripts.fingerprint.Fingerprint.compare` says, as columns; empty of a scan that shows nothing."""
+    names = ", ".join(name for name, ratio in unlike.items() if ratio > 1)
+    return {"unlike_training": f"{max(unlike.values()):.2f}" if unlike else "", "unlike_in": names}

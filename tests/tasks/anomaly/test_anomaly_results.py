@@ -291,3 +291,24 @@ def test_the_table_says_which_sequences_were_there(tmp_path):
     case["image"].meta["sequences"] = "CT"
     saver(tmp_path / "one").save(case)
     assert "sequences" not in rows(tmp_path / "one")[0], "a bundle of one sequence has nothing to tell"
+
+
+@pytest.mark.parametrize(
+    ("unlike", "columns"),
+    [
+        ({"size": 1.31, "grey levels": 0.4, "layout": 1.02}, ("1.31", "size, layout")),
+        ({"size": 0.5, "grey levels": 0.62}, ("0.62", "")),
+        ({}, ("", "")),
+    ],
+)
+def test_the_table_says_in_what_a_scan_is_unlike_the_training(tmp_path, unlike, columns):
+    case = finding()
+    case["image"].meta["unlike_training"] = unlike
+    saver(tmp_path).save(case)
+    (row,) = rows(tmp_path)
+    assert (row["unlike_training"], row["unlike_in"]) == columns
+
+
+def test_a_bundle_without_a_fingerprint_says_nothing_of_it(tmp_path):
+    saver(tmp_path).save(finding())
+    assert not {"unlike_training", "unlike_in"} & rows(tmp_path)[0].keys()
