@@ -27,7 +27,7 @@ from scripts.transforms import has_foreground
 
 __all__ = ["CompareWithTrainingd", "Fingerprint", "figures_of"]
 
-FOREGROUND = 0.1  # grey level, see has_foreground
+FOREGROUND = 0.15  # grey level, see has_foreground; the noise around a head is below it
 SHRINKAGE = 0.3  # of the covariances towards their diagonal: there are few patients
 TOLERANCE = 0.01  # of a figure, a grey level or a hundredth of a size; what differs less does not count
 KEPT = 0.9  # share of the training cases, the innermost, that mean and covariance are taken of

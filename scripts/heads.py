@@ -118,7 +118,7 @@ class FrameHeadd(MapTransform, InvertibleTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.spatial_size, self.height, self.air, self.tissue = tuple(spatial_size), height, air, tissue
-        self.resample = SpatialResample(padding_mode="zeros", align_corners=True)
+        self.resample = SpatialResample(padding_mode="zeros")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -160,8 +160,9 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         sigma = max((head.height / self.height - 1) / 2, 0.0)
         scales, offsets = image.meta["intensity_scale"], image.meta["intensity_offset"]
         back = background - self.air / factor  # what a scaled value of 0 was
+        smooth = GaussianSmooth([sigma, sigma, 0.0])(scaled - self.air)  # beyond its edge the filter takes zero
         return with_meta(
-            self.air + GaussianSmooth([sigma, sigma, 0.0])(scaled - self.air),  # beyond its edge the filter takes zero
+            convert_to_tensor(smooth, track_meta=False) + self.air,
             like=image,
             intensity_scale=[scale / factor for scale in scales],
             intensity_offset=[offset + scale * back for scale, offset in zip(scales, offsets, strict=True)],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, Orientationd
 from scipy import ndimage
 
 from scripts.heads import FrameHeadd, find_head, head_mask
@@ -89,6 +90,13 @@ def test_what_is_found_comes_back_to_its_place_and_grey_levels_to_their_unit():
         transform.inverse({"image": image})["image"] * image.meta["intensity_scale"][0] + image.meta["intensity_offset"][0]
     )
     assert restored[0, 110, 80, 0] == pytest.approx(255 * 0.3, abs=3)
+
+
+def test_what_was_done_before_can_be_undone_too():
+    transforms = Compose([Orientationd("image", "RAS", labels=None), FrameHeadd("image", (64, 64))])
+    image = transforms({"image": volume(picture())})["image"]
+    assert [operation["class"] for operation in image.applied_operations] == ["Orientation", "SpatialResample", "FrameHeadd"]
+    assert transforms.inverse({"image": image})["image"].shape == (1, 200, 180, 1)
 
 
 def test_all_slices_of_a_stack_are_moved_by_the_largest_head():

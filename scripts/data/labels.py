@@ -12,7 +12,7 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts.data.grids import on_grid_of
+from scripts.data.affines import on_grid_of
 from scripts.data.reading import LoadSequencesd
 from scripts.transforms import with_meta
 
@@ -26,7 +26,7 @@ class LoadLabelsd(MapTransform):
 
     Whole numbers, of 0 or more, to within 0.001 are rounded. By the affines of both files a label map that is stored with
     other axes, mirrored, or on another grid is brought to that of the image, each voxel taking the nearest label, see
-    :func:`scripts.data.grids.on_grid_of`.
+    :func:`scripts.data.affines.on_grid_of`.
 
     Args:
         keys: keys of the paths, of which all may be missing.

@@ -22,8 +22,8 @@ from monai.utils import convert_to_numpy, ensure_tuple
 from PIL import ExifTags, ImageOps
 from PIL.Image import Image
 
+from scripts.data.affines import on_grid_of, stated_affine, taken_affine
 from scripts.data.dicom import SeriesReader
-from scripts.data.grids import on_grid_of, stated_affine, taken_affine
 from scripts.transforms import with_meta
 
 __all__ = ["LoadSequencesd", "PICTURE_AFFINE", "open_nifti"]
@@ -162,7 +162,7 @@ class LoadSequencesd(MapTransform):
     ``min_ndim`` is 2, a picture, which becomes (C, H, W). Colours become grey; the 8 bits of a picture stay 0 to 255. In a
     list, ``None`` stands for a missing sequence. ``meta["filename_or_obj"]`` is the first path, ``meta["sequences"]`` what
     the channels hold, such as ``t1,flair,t1ce<-flair`` where FLAIR stands in for T1ce. Files on other grids are brought to
-    that of the first by the affines of both, see :func:`scripts.data.grids.on_grid_of`. Of a NIfTI header in metres or
+    that of the first by the affines of both, see :func:`scripts.data.affines.on_grid_of`. Of a NIfTI header in metres or
     microns, and of one whose two affines contradict each other, a warning says what was taken.
 
     PNG, JPEG, TIFF and BMP have no geometry. Such a picture is taken to be in radiological view, the patient's left on

@@ -107,7 +107,10 @@ def test_figures_and_slice_labels_do_not_depend_on_how_a_scan_and_its_mask_are_s
     metrics = {row["case"]: row for row in rows_of(tmp_path / "out" / "metrics.csv")}
     assert float(results["ras"]["score"]) > 0 and metrics["ras"]["num_slices"] == "5" and float(metrics["ras"]["dice"]) > 0
     for case in ways:
-        for table, columns in ((results, ("finding_ml", "score", "trust")), (metrics, list(metrics["ras"])[1:])):
+        for table, columns in (
+            (results, ("finding_ml", "score", "probability", "unlike_training")),
+            (metrics, list(metrics["ras"])[1:]),
+        ):
             for column in columns:
                 assert float(table[case][column]) == pytest.approx(float(table["ras"][column]), rel=1e-3, abs=2e-5), column
 

@@ -17,7 +17,6 @@ from scripts.data.layouts import find_cases
 from scripts.data.slices import ExtractSlicesd
 from scripts.inferers import run_in_batches
 from scripts.metrics import dice
-from scripts.networks.latent_anomaly import LatentAnomalyNet
 from scripts.speed import Trial, compare
 from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites
 from scripts.tasks.anomaly.figures import guidance_table_figure
@@ -141,7 +140,7 @@ def anomaly_benchmark(
     """
     images, masks = drawn_slices(bundle, dataset_dir, number, section)
     default = networks["default"]
-    if isinstance(default, LatentAnomalyNet):
+    if hasattr(default, "as_published"):
         healthy = healthy_slices(bundle, dataset_dir, "validation")
         published = default.as_published([{"image": batch} for batch in healthy.split(50)])
         networks = {**networks, "published": published.with_settings(max_batch=default.published["max_batch"])}
