@@ -138,19 +138,20 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
-def fingerprint(name: str, dataset_dir: str, **settings: object) -> None:
+def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings: object) -> None:
     """Measure the slices that a bundle is trained on, and write what is usual of them to its models/fingerprint.json.
 
     Args:
         name: bundle whose training is by slices.
         dataset_dir: folder of the cases, as for the training.
+        foreground: grey level, as the network sees it, above which a pixel is foreground.
         settings: other settings of the training.
     """
     bundle = _bundle(name)
     parser = configuration(bundle, "train")
     parser.update({"dataset_dir": str(dataset_dir), **settings})
     cases = [parser.get_parsed_content(f"{part}#dataset").slices_by_case() for part in ("train", "validate")]
-    measured = Fingerprint.of(cases[0])
+    measured = Fingerprint.of(cases[0], foreground)
     unlike = [max(ratios.values()) > 1 for ratios in map(measured.compare, cases[1]) if ratios]
     path = bundle / "models" / "fingerprint.json"
     measured.save(path)

@@ -27,17 +27,17 @@ from scripts.transforms import has_foreground
 
 __all__ = ["CompareWithTrainingd", "Fingerprint", "figures_of"]
 
-FOREGROUND = 0.15  # grey level, see has_foreground; the noise around a head is below it
 SHRINKAGE = 0.3  # of the covariances towards their diagonal: there are few patients
 TOLERANCE = 0.01  # of a figure, a grey level or a hundredth of a size; what differs less does not count
 KEPT = 0.9  # share of the training cases, the innermost, that mean and covariance are taken of
 
 
-def figures_of(slices: Tensor) -> dict[str, Tensor]:
+def figures_of(slices: Tensor, foreground: float = 0.1) -> dict[str, Tensor]:
     """Figures of a case by their group, each the mean over its slices.
 
     Args:
         slices: those with enough foreground, (N, C, H, W), grey levels in [0, 1].
+        foreground: grey level above which a pixel is foreground, where any channel is.
 
     Returns:
         ``size``: logarithms of height, width and area of the foreground, as shares of the slice's, and how much of its box
@@ -46,7 +46,7 @@ def figures_of(slices: Tensor) -> dict[str, Tensor]:
         channel; ``layout``: mean brightness of the 4 x 4 parts of the foreground's box as shares of the whole.
     """
     slices = slices.float()
-    mask = (slices > FOREGROUND).any(dim=1)
+    mask = (slices > foreground).any(dim=1)
     boxes = [[slice(int(where.min()), int(where.max()) + 1) for where in m.nonzero(as_tuple=True)] for m in mask]
     figures = {
         "size": torch.stack([_size(m, box) for m, box in zip(mask, boxes, strict=True)]),
@@ -132,27 +132,30 @@ class Fingerprint:
     Args:
         groups: by name.
         num_cases: number of training cases.
+        foreground: grey level above which a pixel is foreground, above the noise of the air.
     """
 
     groups: Mapping[str, Group]
     num_cases: int
+    foreground: float = 0.1
 
     @classmethod
-    def of(cls, cases: Iterable[Tensor], share: float = 0.97, folds: int = 5) -> Fingerprint:
+    def of(cls, cases: Iterable[Tensor], foreground: float = 0.1, share: float = 0.95, folds: int = 5) -> Fingerprint:
         """Measure training cases.
 
         Args:
             cases: the slices of each, (N, C, H, W), in [0, 1].
+            foreground: grey level above which a pixel is foreground.
             share: share of the training cases, each left out in its turn, that lies within a group's limit.
             folds: number of parts that are left out, one after the other.
 
         Raises:
             ValueError: if there are fewer than 20 cases with foreground.
         """
-        shown = [slices for slices in (s[has_foreground(s, FOREGROUND)] for s in cases) if len(slices)]
+        shown = [slices for slices in (s[has_foreground(s, foreground)] for s in cases) if len(slices)]
         if len(shown) < 20:
             raise ValueError(f"{len(shown)} cases are too few to say what is usual; give 20 or more.")
-        figures = [figures_of(slices) for slices in shown]
+        figures = [figures_of(slices, foreground) for slices in shown]
         groups = {}
         for name in figures[0]:
             values = torch.stack([of_case[name] for of_case in figures])
@@ -161,7 +164,7 @@ class Fingerprint:
             group = Group.of(values)
             limit = max(torch.cat(left_out).quantile(share).item(), 1.0)
             groups[name] = Group(group.mean, group.precision, limit)
-        return cls(groups, len(shown))
+        return cls(groups, len(shown), foreground)
 
     def compare(self, slices: Tensor) -> dict[str, float]:
         """How unlike a case is, group by group: above 1 more than nearly all training cases; empty if it shows nothing.
@@ -169,10 +172,10 @@ class Fingerprint:
         Args:
             slices: (N, C, H, W), in [0, 1], of the channels and size of the training's.
         """
-        slices = slices[has_foreground(slices, FOREGROUND)]
+        slices = slices[has_foreground(slices, self.foreground)]
         if not len(slices):
             return {}
-        figures = figures_of(slices)
+        figures = figures_of(slices, self.foreground)
         return {name: group.distance(figures[name][None]).item() / group.limit for name, group in self.groups.items()}
 
     def save(self, path: PathLike) -> None:
@@ -185,7 +188,7 @@ class Fingerprint:
     def load(cls, path: PathLike) -> Fingerprint:
         """Read what :meth:`save` has written."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls({name: Group(**group) for name, group in content["groups"].items()}, content["num_cases"])
+        return cls(**content | {"groups": {name: Group(**group) for name, group in content["groups"].items()}})
 
 
 class CompareWithTrainingd(MapTransform):
