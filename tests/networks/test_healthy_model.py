@@ -9,6 +9,7 @@ from monai.networks.layers import GaussianFilter
 from torch import nn
 
 from scripts.networks.healthy_model import (
+    NUM_QUANTILES,
     Calibration,
     HealthyModel,
     HealthySettings,
@@ -186,6 +187,26 @@ def test_the_score_is_of_the_most_unlike_place_or_of_the_mean():
     for score in ("max", "mean"):
         net = model(score=score)
         torch.testing.assert_close(net(image)[:, -1, 0, 0], net.measure(image)[1] / (net.measure(image)[1] + 0.2))
+
+
+@pytest.mark.parametrize("number", [1, 5, 30])
+def test_one_in_forty_healthy_cases_is_called_abnormal_whatever_its_number_of_slices(number):
+    healthy = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64) ** 2
+    calibration = Calibration(healthy, healthy, HealthySettings())
+    scores = torch.rand(4000, number, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 2
+    of_slices = [calibration.abnormality(case, HealthySettings()) for case in scores]
+    of_cases = torch.tensor([calibration.of_case(case) for case in of_slices])
+    assert (of_cases > 0.5).double().mean().item() == pytest.approx(0.025, abs=0.008)
+    if number == 1:
+        torch.testing.assert_close(of_cases, torch.cat(of_slices).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_slices_that_show_nothing_do_not_count_in_a_case():
+    healthy = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64)
+    calibration = Calibration(healthy, healthy, HealthySettings())
+    slices = torch.tensor([0.3, 0.45, 0.4])
+    assert calibration.of_case(torch.cat([slices, torch.zeros(20)])) == pytest.approx(calibration.of_case(slices))
+    assert calibration.of_case(torch.zeros(3)) == 0
 
 
 def test_a_model_that_was_never_calibrated_calls_everything_abnormal_but_a_score_of_zero():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from scripts.data.cohort import root_cause
 from scripts.data.dicom import write_segmentation
@@ -41,6 +42,7 @@ class CaseSaver(FolderSaver):
         channel: sequence that the overview picture shows.
         slice_score: key, and column, of what the network says of a slice as a whole, in [0, 1]: ``probability`` of disease,
             or ``abnormality``.
+        case_score: takes those of a case's slices, (D,), to that of the case; None for the largest.
         picture: whether to draw the overview picture.
     """
 
@@ -54,8 +56,10 @@ class CaseSaver(FolderSaver):
         channel: int = 0,
         picture: bool = True,
         slice_score: str = "probability",
+        case_score: Callable[[Tensor], float] | None = None,
     ) -> None:
         super().__init__(output_dir, meta, weights, picture)
+        self.case_score = case_score or (lambda slices: slices.max().item())
         self.channel, self.slice_score = channel, slice_score
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
@@ -84,7 +88,7 @@ class CaseSaver(FolderSaver):
             **({"sequences": names} if names and "," in names else {}),
             "finding_ml": f"{millilitres(case['pred']):.3f}",
             "score": f"{upright(case['map'])[0].flatten(0, 1).mean(dim=0).max().item():.5f}",
-            self.slice_score: f"{case[self.slice_score].max().item():.4f}",
+            self.slice_score: f"{self.case_score(upright(case[self.slice_score])[0].flatten(0, 1).amax(dim=0)):.4f}",
             **(_unlike_columns(unlike) if unlike is not None else {}),
         }
 
