@@ -192,7 +192,10 @@ class Fingerprint:
 
 
 class CompareWithTrainingd(MapTransform):
-    """Say in ``meta["unlike_training"]`` of a preprocessed image what :meth:`Fingerprint.compare` says of it.
+    """Say in the meta data of a preprocessed image how unlike the training it is, see :meth:`Fingerprint.compare`.
+
+    ``meta["unlike_training"]`` is the largest of the groups' figures, ``meta["unlike_in"]`` names those above 1; both are
+    text, since a batch keeps that as it is, and empty of an image that shows nothing.
 
     Args:
         keys: keys of the images (C, H, W[, D]), as the network sees them, with slices along the last axis.
@@ -210,5 +213,7 @@ class CompareWithTrainingd(MapTransform):
             if self.fingerprint is not None:
                 image = d[key].as_tensor()
                 slices = image[None] if image.ndim == 3 else image.movedim(-1, 0)
-                d[key].meta["unlike_training"] = self.fingerprint.compare(slices)
+                ratios = self.fingerprint.compare(slices)
+                d[key].meta["unlike_training"] = f"{max(ratios.values()):.2f}" if ratios else ""
+                d[key].meta["unlike_in"] = ", ".join(name for name, ratio in ratios.items() if ratio > 1)
         return d

@@ -79,10 +79,13 @@ def test_a_transform_says_it_with_the_image_and_nothing_without_a_file(fingerpri
     fingerprint.save(tmp_path / "fingerprint.json")
     slices = heads(1, seed=3)[0]
     volume = MetaTensor(slices.movedim(0, -1))
-    said = CompareWithTrainingd("image", tmp_path / "fingerprint.json")({"image": volume})["image"].meta["unlike_training"]
-    assert said == pytest.approx(fingerprint.compare(slices), rel=1e-2)
-    picture = MetaTensor(slices[0])
-    assert CompareWithTrainingd("image", tmp_path / "fingerprint.json")({"image": picture})["image"].meta["unlike_training"]
+    compare = CompareWithTrainingd("image", tmp_path / "fingerprint.json")
+    said = compare({"image": volume})["image"].meta
+    assert float(said["unlike_training"]) == pytest.approx(max(fingerprint.compare(slices).values()), abs=0.02)
+    assert said["unlike_in"] == "" and float(compare({"image": MetaTensor(slices[0])})["image"].meta["unlike_training"]) < 2
+    assert "grey levels" in compare({"image": volume**0.5})["image"].meta["unlike_in"]
+    blank = compare({"image": 0 * volume})["image"].meta
+    assert (blank["unlike_training"], blank["unlike_in"]) == ("", "")
     for path in (None, tmp_path / "none.json"):
         assert "unlike_training" not in CompareWithTrainingd("image", path)({"image": MetaTensor(slices[0])})["image"].meta
 

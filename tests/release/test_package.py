@@ -324,8 +324,9 @@ def test_monai_finds_a_bundle_on_a_release_page_and_loads_its_network(packaged, 
     asset = {"name": packaged["zip"].name, "browser_download_url": served}
     serve_text(monkeypatch, json.dumps([{"tag_name": "hosting_storage_v1", "assets": [asset]}]))
     page = {"repo": "owner/name", "tag": "hosting_storage_v1"}
-    assert monai_scripts.get_all_bundles_list(**page) == [(NAME, "0.1.0")]
-    assert monai_scripts.get_bundle_versions(NAME, **page) == {"latest_version": "0.1.0", "all_versions": ["0.1.0"]}
+    version = packaged["version"]
+    assert monai_scripts.get_all_bundles_list(**page) == [(NAME, version)]
+    assert monai_scripts.get_bundle_versions(NAME, **page) == {"latest_version": version, "all_versions": [version]}
     assert monai_scripts.get_bundle_info(NAME, **page) == asset
     monkeypatch.setattr(monai_scripts, "_get_git_release_url", lambda *args, **kwargs: served)
     where = {"bundle_dir": str(tmp_path), "args_file": {"bundle_root": str(tmp_path / NAME)}}

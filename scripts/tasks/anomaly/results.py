@@ -83,13 +83,13 @@ class CaseSaver(FolderSaver):
             )
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
-        names, unlike = (case["image"].meta.get(key) for key in ("sequences", "unlike_training"))
+        meta = case["image"].meta
         return {
-            **({"sequences": names} if names and "," in names else {}),
+            **{key: meta[key] for key in ("sequences",) if "," in meta.get(key, "")},
             "finding_ml": f"{millilitres(case['pred']):.3f}",
             "score": f"{upright(case['map'])[0].flatten(0, 1).mean(dim=0).max().item():.5f}",
             self.slice_score: f"{self.case_score(upright(case[self.slice_score])[0].flatten(0, 1).amax(dim=0)):.4f}",
-            **(_unlike_columns(unlike) if unlike is not None else {}),
+            **{key: meta[key] for key in ("unlike_training", "unlike_in") if key in meta},
         }
 
     def rows(self) -> list[dict[str, str]]:
@@ -106,9 +106,3 @@ class CaseSaver(FolderSaver):
             raise
         except Exception as error:  # the library has many ways to refuse a header
             logger.warning(f"no {path.name}, the NIfTI files hold the results: {root_cause(error)}")
-
-
-def _unlike_columns(unlike: Mapping[str, float]) -> dict[str, str]:
-    """What :meth:`scripts.fingerprint.Fingerprint.compare` says, as columns; empty of a scan that shows nothing."""
-    names = ", ".join(name for name, ratio in unlike.items() if ratio > 1)
-    return {"unlike_training": f"{max(unlike.values()):.2f}" if unlike else "", "unlike_in": names}
