@@ -37,7 +37,7 @@ MRI, CT, CINE = "brain_mri_anomaly_ddim", "head_ct_anomaly_ldm", "cardiac_mri_de
 # what is asked for: few steps, to be quick, and every voxel in the mask that has anything in the map
 QUICK = {
     MRI: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.02, "min_volume": 0.0},
-    CT: {"num_steps": 2, "threshold": 0.02},
+    CT: {"num_steps": 2, "percentile": 50.0, "threshold": 0.02},
     CINE: {"num_frames": 2, "min_motion": 0.1},
 }
 # one setting of the network (frames leave the mask of what moves as it is), one of the postprocessing
