@@ -27,6 +27,7 @@ __all__ = ["FrameHeadd", "find_head", "head_mask"]
 logger = logging.getLogger(__name__)
 
 MOST_TURNED = np.pi / 6  # a head that seems turned by more is round, or no head
+IN_PLANE = ndimage.generate_binary_structure(2, 1)[None]  # neighbours within a slice
 OVAL = 1.08  # least ratio of length to width at which the long axis is the head's
 
 
@@ -93,8 +94,9 @@ class FrameHeadd(MapTransform, InvertibleTransform):
     All slices of a stack are moved alike, by the head of the slice that shows most of it: turned upright, its height made
     ``height``, its box put into the middle. Around the head, where tables and burnt-in text are, is air. Grey levels are
     scaled linearly so that the background becomes ``air`` and the median of the soft tissue ``tissue``; ``meta`` of the
-    result says how they come back (``intensity_scale``, ``intensity_offset``). Pictures that have the network's size already
-    are left as they are, and so are those in which no head is found, with a warning that names the file.
+    result says how they come back (``intensity_scale``, ``intensity_offset``, and ``intensity_lowest``, which is air, beyond
+    the frame too). Pictures that have the network's size already are left as they are, and so are those in which no head is
+    found, with a warning that names the file.
 
     The inverse brings back the grid, not the grey levels, see :class:`scripts.transforms.ScaleIntensityByForeground`.
 
@@ -132,7 +134,7 @@ class FrameHeadd(MapTransform, InvertibleTransform):
                 framed = bool(masks[largest].any())
                 if framed:
                     head = find_head(masks[largest])
-                    image = self._moved(self._scaled(image, slices[largest], masks, head), head)
+                    image = self._moved(self._scaled(image, slices[largest], masks[largest], masks, head), head)
                 else:
                     name = image.meta.get("filename_or_obj", "image")
                     logger.warning(f"{name}: no head is found, the whole picture is taken for one")
@@ -147,15 +149,14 @@ class FrameHeadd(MapTransform, InvertibleTransform):
                 d[key] = self.resample.inverse(d[key])
         return d
 
-    def _scaled(self, image: MetaTensor, largest: np.ndarray, masks: np.ndarray, head: Head) -> MetaTensor:
+    def _scaled(self, image: MetaTensor, largest: np.ndarray, mask: np.ndarray, masks: np.ndarray, head: Head) -> MetaTensor:
         """The image with air around its heads and the training's grey levels, smoothed for the coarser grid."""
-        mask = masks[masks.sum(axis=(1, 2)).argmax()]
         background = float(np.median(largest[~mask])) if not mask.all() else 0.0
         inside = largest[ndimage.binary_erosion(mask, iterations=max(1, round(0.08 * head.height)))]
         soft = inside[(inside > background + 0.08) & (inside < 0.9)]
         factor = (self.tissue - self.air) / (float(np.median(soft)) - background) if len(soft) else 1.0
         scaled = (self.air + factor * (image.as_tensor() - background)).clamp(self.air, 1)
-        around = torch.from_numpy(ndimage.binary_dilation(masks, _IN_PLANE, iterations=2)).permute(1, 2, 0)
+        around = torch.from_numpy(ndimage.binary_dilation(masks, IN_PLANE, iterations=2)).permute(1, 2, 0)
         scaled = torch.where(around, scaled, self.air)
         sigma = max((head.height / self.height - 1) / 2, 0.0)
         scales, offsets = image.meta["intensity_scale"], image.meta["intensity_offset"]
@@ -164,6 +165,7 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         return with_meta(
             convert_to_tensor(smooth, track_meta=False) + self.air,
             like=image,
+            intensity_lowest=self.air,
             intensity_scale=[scale / factor for scale in scales],
             intensity_offset=[offset + scale * back for scale, offset in zip(scales, offsets, strict=True)],
         )
@@ -177,7 +179,3 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         # what lies beyond the picture is zero to the resampling, so that the air has to be
         moved = self.resample(image - self.air, dst_affine=target, spatial_size=(*self.spatial_size, image.shape[-1]))
         return moved + self.air
-
-
-_IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
-_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)

@@ -227,7 +227,9 @@ class RestoreIntensityd(MapTransform):
     """Bring a scaled image, such as the pseudo-healthy one, back to the scan's own unit.
 
     Channel ``i`` is multiplied by ``meta["intensity_scale"][i]`` of ``data[ref_key]``, and ``meta["intensity_offset"][i]``,
-    if there is one, is added; see :class:`ScaleIntensityByForeground` and :class:`ScaleIntensityByWindow`.
+    if there is one, is added; see :class:`ScaleIntensityByForeground` and :class:`ScaleIntensityByWindow`. Before that
+    ``meta["intensity_lowest"]``, if there is one, takes the place of what lies below it, such as the zeros that an inverse
+    puts beyond the network's grid.
 
     Args:
         keys: keys of the images (C, H, W[, D]) to restore.
@@ -256,7 +258,8 @@ class RestoreIntensityd(MapTransform):
                 )
                 for numbers in (scales, offsets)
             )
-            d[key] = image * scale + offset
+            lowest = d[self.ref_key].meta.get("intensity_lowest")
+            d[key] = (image if lowest is None else image.clamp(min=lowest)) * scale + offset
         return d
 
 

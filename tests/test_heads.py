@@ -10,6 +10,7 @@ from monai.transforms import Compose, Orientationd
 from scipy import ndimage
 
 from scripts.heads import FrameHeadd, find_head, head_mask
+from scripts.transforms import RestoreIntensityd
 
 
 def picture(height=90.0, centre=(100.0, 80.0), angle=0.0, size=(200, 180), background=0.05, tissue=0.3, text=True):
@@ -86,9 +87,8 @@ def test_what_is_found_comes_back_to_its_place_and_grey_levels_to_their_unit():
     middle = (back[0, ..., 0] > 0.5).nonzero().float().mean(dim=0)
     expected = (100 - 0.25 * 90 * np.cos(0.25), 80 - 0.25 * 90 * np.sin(0.25))
     assert middle.tolist() == pytest.approx(expected, abs=3)
-    restored = (
-        transform.inverse({"image": image})["image"] * image.meta["intensity_scale"][0] + image.meta["intensity_offset"][0]
-    )
+    restored = RestoreIntensityd("image")(transform.inverse({"image": image}))["image"]
+    assert restored[0, 2, 2, 0] == pytest.approx(255 * 0.05, abs=0.5), "beyond the frame it is the picture's background"
     assert restored[0, 110, 80, 0] == pytest.approx(255 * 0.3, abs=3)
 
 
