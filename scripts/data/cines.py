@@ -63,7 +63,7 @@ def _cine(folder: Path) -> dict | None:
         return _with_labels({**case, "image": whole, "frames": frames}, *labels)
     if cropped := nifti_of(folder, f"{name}_ed2es"):
         return _with_labels({**case, "image": cropped}, *(file_or_files(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
-    names = [stem_of(path) for path in visible(folder) if path.name.endswith(NIFTI)]
+    names = [stem_of(path) for path in visible(folder) if path.name.lower().endswith(NIFTI)]
     stems = sorted(name.removesuffix("_ed") for name in names if name.endswith("_ed"))
     ends = [nifti_of(folder, f"{stem}_{end}") for stem in stems[:1] for end in ("ed", "es")]
     if len(ends) == 2 and all(ends):
