@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from pydoc import locate
 
 import fire
 
@@ -138,6 +139,33 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
+def compare(
+    name: str, dataset_dir: str, output_dir: str = "comparison", section: str = "validation", **settings: object
+) -> None:
+    """Evaluate a bundle's method and what it is compared with on the same patients, and print and write one table.
+
+    Args:
+        name: bundle whose evaluate.json lists the methods, each with the configurations and settings that differ.
+        dataset_dir: folder of labelled cases.
+        output_dir: folder to write to: one a method, and comparison.csv.
+        section: section of the cases.
+        settings: other settings of all evaluations.
+    """
+    bundle, output = _bundle(name), Path(output_dir).resolve()
+    evaluation = configuration(bundle, "evaluate")
+    folders = {}
+    for method, own in evaluation["methods"].items():
+        folders[method] = output / method.replace(" ", "_").replace(",", "")
+        changes = {"section": section, **settings, **{key: value for key, value in own.items() if key != "configs"}}
+        try:
+            run_inference(
+                bundle, Path(dataset_dir).resolve(), folders[method], ("evaluate", *own.get("configs", ())), **changes
+            )
+        except RuntimeError as error:
+            sys.exit(f"{method}: {error}")
+    locate(evaluation["comparison"])(folders, output / "comparison.csv")
+
+
 def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings: object) -> None:
     """Measure the slices that a bundle is trained on, and write what is usual of them to its models/fingerprint.json.
 
@@ -231,6 +259,7 @@ def main() -> None:
             "benchmark": run_benchmark,
             "tune": run_tune,
             "baseline": run_baseline,
+            "compare": compare,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,

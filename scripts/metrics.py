@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from ignite.engine import Engine, Events
 from monai.config import NdarrayOrTensor, PathLike
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_dice
+from scipy.stats import bootstrap
 
 from scripts.files import check_own, own_file
 
-__all__ = ["CohortMetrics", "dice"]
+__all__ = ["CohortMetrics", "bootstrap_interval", "dice"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,42 @@ def dice(pred: NdarrayOrTensor, label: NdarrayOrTensor) -> float:
     if masks[0].shape != masks[1].shape:
         raise ValueError(f"Masks of one shape are needed, got {tuple(masks[0].shape)} and {tuple(masks[1].shape)}.")
     return compute_dice(*(mask[None, None] for mask in masks), ignore_empty=False).item()
+
+
+def bootstrap_interval(
+    *values: Sequence[float],
+    statistic: Callable[..., np.ndarray] = np.mean,
+    resamplings: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of a figure of a cohort, by drawing its patients anew with replacement (percentiles; Efron 1979).
+
+    Args:
+        values: one figure of every patient, or several, which stay together as the patients are drawn.
+        statistic: of arrays with the patients along ``axis``; the mean by default.
+        resamplings: how often a cohort is drawn.
+        level: share of the drawn cohorts' figures that lie in the interval.
+        seed: of the draws.
+
+    Returns:
+        lower and upper end; NaN for fewer than two patients. A patient with a NaN among its values is left out.
+    """
+    known = np.array(values, dtype=float)
+    known = known[:, ~np.isnan(known).any(axis=0)]
+    if known.shape[1] < 2:
+        return math.nan, math.nan
+    drawn = bootstrap(
+        tuple(known),
+        statistic,
+        n_resamples=resamplings,
+        batch=1000,
+        paired=True,
+        confidence_level=level,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 class CohortMetrics:
@@ -96,7 +133,7 @@ class CohortMetrics:
             logger.warning("No case was evaluated, no metrics are written.")
             return
         statistics = [{"case": "mean"}, {"case": "std"}]
-        for key in list(self.rows[0])[1:]:
+        for key in (key for key, value in self.rows[0].items() if not isinstance(value, str)):
             values = np.array([row[key] for row in self.rows], dtype=float)
             values = values[~np.isnan(values)]
             for row, statistic in zip(statistics, (np.mean, np.std), strict=True):

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
-from conftest import ROOT, SCHEMA, save_patient
+from conftest import ROOT, SCHEMA, rows_of, save_patient
 
 from scripts import __main__ as main
+from scripts.tables import write_rows
+from scripts.tasks.motion.evaluation import COLUMNS
 
 NAME = "brain_mri_anomaly_ddim"
+MEASURED = {column for columns, _ in COLUMNS.values() for column in columns}  # of an evaluated cine
 
 
 def command(*args: object) -> subprocess.CompletedProcess:
@@ -54,6 +57,23 @@ def test_verify_says_what_is_not_checked_without_a_schema(capsys, monkeypatch):
     ]
     main.verify(NAME, schema="schema.json")
     assert capsys.readouterr().out.splitlines() == [f"{NAME}: verified"]
+
+
+def test_compare_evaluates_every_method_of_the_bundle_on_the_same_section(tmp_path, monkeypatch):
+    runs = {}
+
+    def evaluate(bundle, dataset_dir, output_dir, configs, **settings):
+        runs[output_dir.name] = (configs, settings)
+        cases = [{"case": name, "group": "", **dict.fromkeys(MEASURED, 0.5)} for name in ("a", "b")]
+        for table in ("metrics", "results"):
+            write_rows(output_dir / f"{table}.csv", [{**case, "seconds": 1} for case in cases])
+
+    monkeypatch.setattr(main, "run_inference", evaluate)
+    main.compare("cardiac_mri_deformable_diffusion", tmp_path, tmp_path / "out", section="test", amp=False)
+    assert runs["default"] == (("evaluate",), {"section": "test", "amp": False})
+    alone = runs["refinement_alone_60_steps"]
+    assert alone == (("evaluate", "evaluate_refinement"), {"section": "test", "amp": False, "refinement_steps": 60})
+    assert {row["method"] for row in rows_of(tmp_path / "out" / "comparison.csv")} >= {"default", "networks alone"}
 
 
 def test_benchmark_and_tune_print_their_tables(tmp_path):

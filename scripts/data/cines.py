@@ -6,6 +6,7 @@ import codecs
 import csv
 import logging
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ def _acdc_frames(path: Path) -> tuple[int, int]:
     return int(numbers["ED"]) - 1, int(numbers["ES"]) - 1
 
 
+def _group(folder: Path) -> dict[str, str]:
+    """Group of diseases that a patient of ACDC belongs to, by the ``Info.cfg`` or ``info.json`` in its folder."""
+    for name, pattern in (("Info.cfg", r"^Group:\s*(\S+)"), ("info.json", r'"group"\s*:\s*"([^"]+)"')):
+        path = folder / name
+        if path.is_file() and (found := re.search(pattern, path.read_bytes().decode("latin-1"), re.MULTILINE)):
+            return {"group": found[1]}
+    return {}
+
+
 def _with_labels(case: dict, label: str | None, target_label: str | None) -> dict:
     found = {"label": label, "target_label": target_label}
     return {**case, **{key: path for key, path in found.items() if path}}
@@ -53,7 +63,7 @@ def _cine(folder: Path) -> dict | None:
     One whose ``Info.cfg`` is bad has a ``failure``, a line that says so.
     """
     name, info = folder.name, folder / "Info.cfg"
-    case = {"case": name, "patient": name}
+    case = {"case": name, "patient": name, **_group(folder)}
     if (whole := nifti_of(folder, f"{name}_4d")) and info.is_file():
         try:
             frames = _acdc_frames(info)
@@ -129,8 +139,9 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     - 4-D NIfTI files, whose frames are found (:class:`LoadCined`) unless ``frames.csv`` (columns ``file``, ``ed``, ``es``,
       which counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
 
-    Patients are split by a hash of their name, see :func:`scripts.data.sections.cine_section_of`. A patient with a bad
-    ``Info.cfg`` comes with a ``failure``, a line that says what is wrong, as long as there are others.
+    A patient of ACDC has its ``group`` (``DCM``, ``HCM``, ``MINF``, ``NOR``, ``RV``) too, if ``Info.cfg`` or ``info.json``
+    names one. Patients are split by a hash of their name, see :func:`scripts.data.sections.cine_section_of`. A patient
+    with a bad ``Info.cfg`` comes with a ``failure``, a line that says what is wrong, as long as there are others.
 
     Args:
         dataset_dir: see above.

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -54,13 +54,23 @@ REQUIRED_KEYS = (
 MAX_WEIGHTS = 20 * 2**20  # bytes
 
 
-def run_inference(bundle: Path, dataset_dir: Path, output_dir: Path, **settings: object) -> None:
+def run_inference(
+    bundle: Path, dataset_dir: Path, output_dir: Path, configs: Sequence[str] = (), **settings: object
+) -> None:
     """Run the bundle's inference as a user does, in its folder, by ``monai.bundle run``.
+
+    Args:
+        bundle: folder of the bundle.
+        dataset_dir: folder of the cases.
+        output_dir: folder of the results.
+        configs: further configurations, such as ``evaluate``, each overriding what is before it.
+        settings: other settings.
 
     Raises:
         RuntimeError: with the end of what it printed, if it fails.
     """
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    files = str([f"configs/{name}.json" for name in ("inference", *configs)])
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
     for name, value in {"dataset_dir": dataset_dir, "output_dir": output_dir, **settings}.items():
         command += [f"--{name}", str(value)]
     done = subprocess.run(command, cwd=bundle, capture_output=True, text=True)

@@ -25,6 +25,7 @@ def test_acdc_names_the_frames_in_its_info_file_and_counts_them_from_1(tmp_path)
     assert case == {
         "case": "p1",
         "patient": "p1",
+        "group": "DCM",
         "image": str(tmp_path / "p1/p1_4d.nii.gz"),
         "frames": (0, 11),
         "label": str(tmp_path / "p1/p1_frame01_gt.nii.gz"),
@@ -89,8 +90,10 @@ def test_one_bad_info_file_fails_with_its_own_case_alone(tmp_path):
 
 
 def test_cropped_acdc_goes_from_the_first_frame_to_the_last(tmp_path):
-    touch(tmp_path / "p1", "p1_ed2es.nii.gz", "info.json", "p1_ed_gt.nii.gz", "p1_es_gt.nii.gz")
+    touch(tmp_path / "p1", "p1_ed2es.nii.gz", "p1_ed_gt.nii.gz", "p1_es_gt.nii.gz")
+    (tmp_path / "p1" / "info.json").write_text('{"frames": 12, "group": "MINF"}')
     (case,) = find_cines(tmp_path)
+    assert case["group"] == "MINF"
     assert case["image"] == str(tmp_path / "p1/p1_ed2es.nii.gz") and "frames" not in case
     assert case["label"].endswith("p1_ed_gt.nii.gz") and case["target_label"].endswith("p1_es_gt.nii.gz")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,16 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from scripts.data.cines import slice_axis
 from scripts.files import own_file
-from scripts.metrics import CohortMetrics, dice
+from scripts.metrics import CohortMetrics, bootstrap_interval, dice
 from scripts.tasks.motion.figures import volume_curves
 
 __all__ = [
     "CineMetrics",
+    "FIGURES",
     "STRUCTURES",
     "ejection_fraction",
     "frame_errors",
+    "gap_closed_of",
     "pumping",
     "second_difference",
     "structure_dice",
@@ -60,6 +62,20 @@ def structure_dice(pred: NdarrayOrTensor, label: NdarrayOrTensor) -> dict[str, f
         name: dice(pred == value, label == value) if (label == value).any() else math.nan
         for name, value in STRUCTURES.items()
     }
+
+
+def gap_closed_of(before: NdarrayOrTensor, after: NdarrayOrTensor, axis: int | None = None) -> np.ndarray:
+    """Share of the way from the Dice with nothing done to 1, of the means along ``axis``; NaN where that is no way."""
+    before, after = np.mean(before, axis=axis), np.mean(after, axis=axis)
+    return np.divide(after - before, 1 - before, out=np.full_like(before, np.nan), where=before < 1)
+
+
+# of a cohort: the columns that a figure is made of, and how
+FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
+    "psnr_gain": (("psnr_gain",), np.mean),
+    "dice_after": (("dice_after",), np.mean),
+    "gap_closed": (("dice_before", "dice_after"), gap_closed_of),
+}
 
 
 def second_difference(displacement: NdarrayOrTensor) -> float:
@@ -138,7 +154,7 @@ class CineMetrics(CohortMetrics):
 
     A case's dictionary holds
 
-    - ``case``: name;
+    - ``case``: name; ``group``, if it has one;
     - ``cine``: the real frames (F, H, W, D) from source to target;
     - ``frames``: the generated ones, as many and evenly spaced, or else there are no figures of the frames;
     - ``displacement``: (3 F, H, W, D) in mm; ``folding``: largest share of voxels, over the frames, that it folds;
@@ -162,6 +178,8 @@ class CineMetrics(CohortMetrics):
 
     The figures of the cohort are the means (``lv_falls``: share of the cases), but for ``gap_closed``, which is that of the
     mean Dice before and after, as the literature has it; the mean sizes of both errors are there too, as ``…_abs_error``.
+    ``…_lower`` and ``…_upper`` of ``psnr_gain``, ``dice_after`` and ``gap_closed`` are the ends of 95 % intervals, see
+    :func:`scripts.metrics.bootstrap_interval`.
     ``lv_volume.png`` draws the volumes, a line a case.
 
     Args:
@@ -184,6 +202,7 @@ class CineMetrics(CohortMetrics):
         still_psnr, still_nmse = frame_errors(cine[:1].expand(len(case["frames"]), -1, -1, -1), cine)
         return {
             "case": case["case"],
+            "group": case.get("group", ""),
             "frames": len(case["frames"]),
             "psnr": psnr,
             "still_psnr": still_psnr,
@@ -207,7 +226,7 @@ class CineMetrics(CohortMetrics):
         return {
             "dice_before": means[0],
             "dice_after": means[1],
-            "gap_closed": _gap_closed(*means),
+            "gap_closed": float(gap_closed_of(*means)),
             **{f"dice_before_{name}": value for name, value in before.items()},
             **{f"dice_after_{name}": value for name, value in after.items()},
         }
@@ -223,12 +242,16 @@ class CineMetrics(CohortMetrics):
 
     def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
         figures = {name: value for name, value in mean.items() if name not in ("case", "frames")}
-        gap_closed = _gap_closed(mean["dice_before"], mean["dice_after"])
+        gap_closed = float(gap_closed_of(mean["dice_before"], mean["dice_after"]))
         sizes = {
             f"{name}_abs_error": _mean(abs(row[f"{name}_error"]) for row in self.rows)
             for name in ("ejection_fraction", "wall_thickening")
         }
-        return {"num_cases": len(self.rows), **figures, "gap_closed": gap_closed, **sizes}
+        intervals = {}
+        for name, (columns, statistic) in FIGURES.items():
+            ends = bootstrap_interval(*([row[column] for row in self.rows] for column in columns), statistic=statistic)
+            intervals |= dict(zip((f"{name}_lower", f"{name}_upper"), ends, strict=True))
+        return {"num_cases": len(self.rows), **figures, "gap_closed": gap_closed, **sizes, **intervals}
 
     def _finish(self, engine: Engine) -> None:
         super()._finish(engine)
@@ -255,8 +278,3 @@ def _function(case: Mapping[str, Any]) -> dict[str, float]:
 def _mean(values: Any) -> float:
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def _gap_closed(before: float, after: float) -> float:
-    """Share of the way from a Dice to 1; NaN where that is no way."""
-    return (after - before) / (1 - before) if before < 1 else math.nan

@@ -122,7 +122,8 @@ def evaluate(output_dir, *cases):
 
 
 def test_labels_that_arrive_at_the_target_close_the_gap(tmp_path):
-    summary, rows = evaluate(tmp_path, case())
+    summary, rows = evaluate(tmp_path, case(group="NOR"), case("b"))
+    assert [row.pop("group") for row in rows] == ["NOR", "", "", ""]
     row = {key: float(value) for key, value in rows[0].items() if key != "case"}
     assert row["dice_after"] == row["gap_closed"] == row["dice_after_lv"] == 1 and row["dice_before"] < 0.95
     assert row["folding_percent"] == pytest.approx(0.1) and row["roughness_mm"] == 0
@@ -134,6 +135,7 @@ def test_labels_that_arrive_at_the_target_close_the_gap(tmp_path):
     assert row["ejection_fraction_percent"] == pytest.approx(100 * (1 - volumes[-1] / volumes[0]))
     assert row["wall_thickening_percent"] > 10 and row["wall_thickening_error"] == 0
     assert summary == {**json.loads((tmp_path / "metrics_summary.json").read_text(encoding="utf-8"))}
+    assert summary["dice_after_lower"] == summary["dice_after_upper"] == 1
     assert Image.open(tmp_path / "lv_volume.png").format == "PNG"
 
 
