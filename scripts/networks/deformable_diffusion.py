@@ -20,6 +20,8 @@ from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 
 __all__ = ["DeformableDiffusionNet"]
 
+CODES = ("both", "network", "difference")
+
 
 class DeformableDiffusionNet(CineNet):
     """Diffusion deformable model (DDM).
@@ -29,8 +31,8 @@ class DeformableDiffusionNet(CineNet):
     M(S, γ·c), which is a geodesic path from source to target.
 
     Two additions to the paper: G is the difference of noised target and source, plus what a U-Net adds to it, so that M
-    sees from the first step of the training on where both differ; and what M says without a code fades out along the way,
-    φ_γ = M(S, γ·c) - (1 - γ)·M(S, 0), so that it begins at the source and ends with the target's field M(S, c).
+    sees from the first step of the training on where both differ (``code``); and what M says without a code fades out along
+    the way, φ_γ = M(S, γ·c) - (1 - γ)·M(S, 0), so that it begins at the source and ends with the target's field M(S, c).
 
     Args:
         channels: of the diffusion module, level by level.
@@ -41,6 +43,8 @@ class DeformableDiffusionNet(CineNet):
         lean: make the networks' work less, see :class:`LeanVoxelMorphUNet`.
         clean_share: share of the training's batches whose code comes from the target without noise, as at inference; 0 in
             the paper.
+        code: what the latent code is: ``network``, what the U-Net says, as in the paper; ``difference`` of noised target and
+            source, without any network; or ``both`` of them added.
         kwargs: arguments of :class:`CineNet`.
     """
 
@@ -53,10 +57,13 @@ class DeformableDiffusionNet(CineNet):
         num_levels: int = 2000,
         lean: bool = True,
         clean_share: float = 0.0,
+        code: str = "both",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.clean_share = clean_share
+        if code not in CODES:
+            raise ValueError(f"code must be one of {', '.join(CODES)}, got {code}")
+        self.clean_share, self.code = clean_share, code
         self.diffusion = DiffusionModelUNet(
             spatial_dims=3,
             in_channels=3 * self.reduction**3,
@@ -79,11 +86,14 @@ class DeformableDiffusionNet(CineNet):
 
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t, t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""
+        signal = self.alphas_cumprod[t.long()].to(noised).sqrt().view(-1, 1, 1, 1, 1)
+        difference = noised - signal * source
+        if self.code == "difference":
+            return difference
         with autocast(target, self.amp):
             images = pixelunshuffle(torch.cat([source, target, noised], dim=1), 3, self.reduction)
-            added = pixelshuffle(self.diffusion(images, t).float(), 3, self.reduction)
-        signal = self.alphas_cumprod[t.long()].to(noised).sqrt().view(-1, 1, 1, 1, 1)
-        return noised - signal * source + added
+            said = pixelshuffle(self.diffusion(images, t).float(), 3, self.reduction)
+        return said if self.code == "network" else difference + said
 
     def motion(self, source: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Source and latent code, prepared for the deformation module, and the fields (B, 1, 3, ...) without a code."""

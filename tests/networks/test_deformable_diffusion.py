@@ -79,6 +79,21 @@ def test_makes_the_code_as_at_inference_in_the_clean_share_of_the_training():
     assert torch.equal(drawn[0][0], image[:, 1:]) and drawn[0][1] == 0
 
 
+def test_the_code_is_the_difference_what_the_network_says_or_both():
+    image = pair()
+    source, target, t = image[:, :1], image[:, 1:], torch.zeros(1)
+    codes = {}
+    for code in ("both", "network", "difference"):
+        torch.manual_seed(0)
+        network = DeformableDiffusionNet(**SMALL, code=code)
+        torch.nn.init.normal_(network.diffusion.out[-1].conv.weight)  # it begins with zeros
+        codes[code] = network.noise(source, target, target, t).detach()
+    assert torch.equal(codes["difference"], target - source) and codes["network"].abs().max() > 0
+    assert torch.allclose(codes["both"], codes["network"] + codes["difference"], atol=1e-6)
+    with pytest.raises(ValueError, match="code must be one of both, network, difference, got none"):
+        DeformableDiffusionNet(**SMALL, code="none")
+
+
 def test_has_the_noise_levels_of_the_paper():
     table = DeformableDiffusionNet(**SMALL).alphas_cumprod
     assert len(table) == 2001
