@@ -114,6 +114,17 @@ class DiffusionTrainer(SupervisedTrainer):
         self.objective = objective or self.network.losses
         self.add_event_handler(Events.STARTED, _tell_arithmetic)
 
+    def leave_group(self) -> None:
+        """End the work with other processes.
+
+        What DistributedDataParallel keeps would hold the group, and its threads, until the interpreter is gone; the process
+        then aborts once in a while, its work done.
+        """
+        if isinstance(self.objective, DistributedDataParallel):
+            for name in ("reducer", "logger", "process_group"):
+                delattr(self.objective, name)
+        dist.destroy_process_group()
+
     def _iteration(self, engine: DiffusionTrainer, batchdata: dict) -> dict[str, float]:
         device, iteration = engine.state.device, engine.state.iteration
         image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
