@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from scripts.bundle import build_network, configuration
 from scripts.data.layouts import find_cases
 from scripts.data.slices import ExtractSlicesd
+from scripts.files import own_file, sha256_of
 from scripts.inferers import run_in_batches
 from scripts.metrics import dice
 from scripts.speed import Trial, compare
@@ -89,6 +92,77 @@ def drawn_slices(bundle: Path, dataset_dir: str, num_slices: int, section: str) 
         chosen += sorted(rng.permutation(members)[:number].tolist())
     images, masks = (torch.stack([slices[i][key] for i in chosen]) for key in ("image", "label"))
     return images, masks > 0
+
+
+def spread_slices(bundle: Path, dataset_dir: str, section: str, number: int) -> list[dict]:
+    """Slices spread over all patients of a section, as many of each; of a patient half with a lesion, both halves evenly.
+
+    Returns:
+        items of :func:`labelled_slices`: the first of each patient, then the second of each, and so on.
+
+    Raises:
+        ValueError: if there are fewer slices, or more patients, than ``number``.
+    """
+    cases = list(labelled_slices(bundle, dataset_dir, section))
+    if not len(cases) <= number <= sum(map(len, cases)):
+        raise ValueError(
+            f"{number} slices can't be spread over {len(cases)} patients with {sum(map(len, cases))} slices; ask for others"
+        )
+    shares = [0] * len(cases)
+    while sum(shares) < number:  # a patient with few slices gives all of them
+        open_to = [i for i, case in enumerate(cases) if shares[i] < len(case)]
+        shares[min(open_to, key=lambda i: shares[i])] += 1
+    spread = []
+    for case, share in zip(cases, shares, strict=True):
+        healthy, diseased = ([item for item in case if item["class_label"] == label] for label in (0, 1))
+        wanted = min(max((share + 1) // 2, share - len(healthy)), len(diseased))
+        evenly = [_evenly(diseased, wanted), _evenly(healthy, share - wanted)]
+        spread.append([item for pair in zip_longest(*evenly) for item in pair if item is not None])
+    return [item for row in zip_longest(*spread) for item in row if item is not None]
+
+
+def _evenly(items: Sequence[dict], number: int) -> list[dict]:
+    return [items[int((i + 0.5) * len(items) / number)] for i in range(number)]
+
+
+def _settings(bundle: Path, changed: Mapping[str, Any]) -> str:
+    """The settings of the bundle's network, some of them changed, and the hash of its weights, as text."""
+    parser = configuration(bundle, "inference")
+    names = [name for name in parser["network_def"] if not name.startswith("_")]
+    settings = {name: parser.get_parsed_content(f"network_def#{name}") for name in names}
+    weights = sha256_of(bundle / "models" / "model.pt")
+    return json.dumps({**settings, **changed, "weights": weights}, sort_keys=True, default=str)
+
+
+def kept_outputs(
+    bundle: Path, items: Sequence[dict], folder: Path, changed: Mapping[str, Any], batch_size: int = 4
+) -> Tensor:
+    """What the bundle's network makes of slices, each kept in a file, so that a run that was stopped goes on.
+
+    Args:
+        bundle: folder of the bundle.
+        items: see :func:`labelled_slices`.
+        folder: where the files are; one that was made by other settings or weights is made again.
+        changed: settings of the network in place of the bundle's.
+        batch_size: slices in a call of the network.
+
+    Returns:
+        (N, C + 2, H, W), rounded to half precision.
+    """
+    settings = _settings(bundle, changed)
+    paths = [folder / f"{item['case']}_{item['slice']}.pt" for item in items]
+    kept = [torch.load(path, weights_only=True) if path.is_file() else {} for path in paths]
+    missing = [i for i, entry in enumerate(kept) if entry.get("settings") != settings]
+    network = build_network(bundle, **changed) if missing else None
+    for begin in range(0, len(missing), batch_size):
+        chosen = missing[begin : begin + batch_size]
+        outputs, seconds = run_in_batches(network, torch.stack([items[i]["image"] for i in chosen]), batch_size)
+        for i, output in zip(chosen, outputs.half(), strict=True):
+            kept[i] = {"output": output.clone(), "settings": settings}
+            with own_file(paths[i]) as aside:
+                torch.save(kept[i], aside)
+        logger.info(f"{folder.name}: {begin + len(chosen)} of {len(missing)} slices, {seconds:.1f} s each")
+    return torch.stack([entry["output"] for entry in kept]).float()
 
 
 def grey_level_baseline(bundle: Path, dataset_dir: str, channel: int) -> float:
