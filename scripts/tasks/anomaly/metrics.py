@@ -18,7 +18,7 @@ from torch import Tensor
 from scripts.metrics import CohortMetrics, dice
 from scripts.transforms import upright
 
-__all__ = ["AnomalyMetrics", "BinnedScores"]
+__all__ = ["AnomalyMetrics", "BinnedScores", "ImageMetrics"]
 
 
 class BinnedScores:
@@ -246,3 +246,57 @@ class AnomalyMetrics(CohortMetrics):
             "slice_auprc": self.slices.auprc(),
             "healthy_ratio": (healthy_mean / lesion_mean).item(),
         }
+
+
+class ImageMetrics(CohortMetrics):
+    """Ignite handler that writes the evaluation of images that have a class, and no mask: a row an image, and the cohort.
+
+    It reads what :class:`AnomalyMetrics` reads, but for ``class_label``, 0 for healthy and 1 for diseased, in place of
+    ``label``.
+
+    Columns of ``metrics.csv``: ``class_label``; ``probability``, of disease, the largest over the slices; ``map_mean``, mean
+    of the anomaly map; ``found``, share of the voxels that were found.
+
+    Figures of the cohort, in ``engine.state.metrics`` and ``metrics_summary.json`` (null where a figure does not exist):
+    ``num_healthy``, ``num_diseased``; ``auroc``, ``auprc`` of the probability, and ``map_auroc``, ``map_auprc`` of the mean
+    map, of telling the classes apart; ``healthy_ratio``, mean map of healthy images divided by that of diseased ones;
+    ``found_in_healthy``, ``found_in_diseased``, shares of the images in which anything was found.
+
+    Args:
+        output_dir: folder of the two files, made if it is missing.
+        filename: name of the table; the cohort's figures are in ``<its stem>_summary.json``.
+    """
+
+    def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a case.
+
+        Raises:
+            ValueError: if it has no class.
+        """
+        if case.get("class_label") is None:
+            raise ValueError(
+                f"Case {case['case']} has no class to evaluate against: put the images into folders healthy/ and diseased/, "
+                "or run inference only."
+            )
+        return {
+            "case": case["case"],
+            "class_label": int(case["class_label"]),
+            "probability": float(case["probability"].max()),
+            "map_mean": float(case["map"].double().mean()),
+            "found": float((case["pred"] > 0).double().mean()),
+        }
+
+    def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
+        columns = {key: np.array([row[key] for row in self.rows], dtype=float) for key in list(self.rows[0])[1:]}
+        diseased = columns["class_label"] > 0
+        both = 0 < diseased.sum() < len(diseased)
+        figures = {"num_healthy": int((~diseased).sum()), "num_diseased": int(diseased.sum())}
+        for prefix, key in (("", "probability"), ("map_", "map_mean")):
+            for name, measure in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+                figures[prefix + name] = float(measure(diseased, columns[key])) if both else math.nan
+        figures["healthy_ratio"] = math.nan
+        if both and columns["map_mean"][diseased].mean() > 0:
+            figures["healthy_ratio"] = float(columns["map_mean"][~diseased].mean() / columns["map_mean"][diseased].mean())
+        for name, members in (("found_in_healthy", ~diseased), ("found_in_diseased", diseased)):
+            figures[name] = float((columns["found"][members] > 0).mean()) if members.any() else math.nan
+        return figures

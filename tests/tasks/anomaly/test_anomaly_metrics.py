@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores
+from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores, ImageMetrics
 
 AFFINE = torch.diag(torch.tensor([-1.0, 2.0, 5.0, 1.0], dtype=torch.float64))  # voxels of 10 mm³, mirrored
 
@@ -313,3 +313,28 @@ def test_the_files_are_whole_under_their_names_and_nothing_else_is_left(tmp_path
         evaluate([make_case("case", 0)], folder)
     assert sorted(path.name for path in folder.iterdir()) == ["here_files.csv", "metrics.csv", "metrics_summary.json"]
     assert "healthy_ratio" in caplog.text
+
+
+def image_case(name, class_label, probability, level, found=0.0):
+    volumes = {"map": torch.full((1, 4, 4, 1), level), "probability": torch.full((1, 4, 4, 1), probability)}
+    pred = torch.zeros(1, 4, 4, 1)
+    pred.view(-1)[: int(16 * found)] = 1
+    return {"case": name, "class_label": class_label, "pred": pred, **volumes}
+
+
+def test_images_with_a_class_and_no_mask_are_told_apart_by_probability_and_map(tmp_path):
+    cases = [image_case("a", 0, 0.1, 0.01), image_case("b", 0, 0.6, 0.03, 0.25), image_case("c", 1, 0.5, 0.2, 0.5)]
+    metrics = ImageMetrics(tmp_path)
+    metrics.rows = [metrics._evaluate(case) for case in cases]
+    figures = metrics._summarise({}, {})
+    assert (figures["num_healthy"], figures["num_diseased"]) == (2, 1)
+    assert figures["auroc"] == 0.5 and figures["map_auroc"] == 1
+    assert figures["healthy_ratio"] == pytest.approx(0.1)
+    assert figures["found_in_healthy"] == 0.5 and figures["found_in_diseased"] == 1 and metrics.rows[1]["found"] == 0.25
+    metrics.rows = metrics.rows[:2]
+    assert all(math.isnan(metrics._summarise({}, {})[key]) for key in ("auroc", "map_auprc", "healthy_ratio"))
+
+
+def test_an_image_without_a_class_is_named_with_the_mend(tmp_path):
+    with pytest.raises(ValueError, match="Case a has no class.*healthy/ and diseased/"):
+        ImageMetrics(tmp_path)._evaluate({"case": "a"})
