@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from monai.metrics import compute_dice
 
 from scripts.files import check_own, own_file
 
-__all__ = ["CohortMetrics", "dice"]
+__all__ = ["CohortMetrics", "bootstrap_interval", "dice"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,26 @@ def dice(pred: NdarrayOrTensor, label: NdarrayOrTensor) -> float:
     if masks[0].shape != masks[1].shape:
         raise ValueError(f"Masks of one shape are needed, got {tuple(masks[0].shape)} and {tuple(masks[1].shape)}.")
     return compute_dice(*(mask[None, None] for mask in masks), ignore_empty=False).item()
+
+
+def bootstrap_interval(values: Sequence[float], level: float = 0.95, samples: int = 10_000) -> tuple[float, float]:
+    """Percentile interval of a mean over patients, drawn again with replacement (Efron & Tibshirani 1993), always alike.
+
+    Args:
+        values: a figure of each patient; NaN where it does not exist, which is left out.
+        level: share of the drawn means inside the interval.
+        samples: number of draws.
+
+    Returns:
+        lower and upper end; NaN without values.
+    """
+    known = np.asarray(values, dtype=float)
+    known = known[~np.isnan(known)]
+    if not known.size:
+        return math.nan, math.nan
+    drawn = np.random.default_rng(0).integers(len(known), size=(samples, len(known)))
+    low, high = np.quantile(known[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 class CohortMetrics:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.metrics import dice
+from scripts.metrics import bootstrap_interval, dice
 
 
 def test_dice_is_twice_the_overlap_over_both_sizes():
@@ -23,3 +23,12 @@ def test_dice_of_two_empty_masks_is_one_and_of_one_empty_mask_zero():
 def test_dice_refuses_masks_of_two_shapes():
     with pytest.raises(ValueError, match=r"\(4,\) and \(1,\)"):
         dice(np.ones(4), np.ones(1))
+
+
+def test_the_bootstrap_interval_is_that_of_a_mean_and_leaves_out_what_does_not_exist():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=400)
+    low, high = bootstrap_interval([*values, np.nan])
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.03) and high == pytest.approx(values.mean() + half, abs=0.03)
+    assert bootstrap_interval([*values, np.nan]) == (low, high)
+    assert bootstrap_interval([0.5]) == (0.5, 0.5) and np.isnan(bootstrap_interval([np.nan])).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from monai.transforms import Compose
 from torch import Tensor, nn
 
-from scripts.bundle import build_network, configuration
+from scripts.bundle import build_network, configuration, with_weights
 from scripts.data.layouts import find_cases
 from scripts.data.slices import ExtractSlicesd
 from scripts.files import own_file, sha256_of
@@ -24,7 +24,8 @@ from scripts.speed import Trial, compare
 from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites
 from scripts.tasks.anomaly.figures import guidance_table_figure
 from scripts.tasks.anomaly.metrics import BinnedScores
-from scripts.transforms import MapToMask
+from scripts.tasks.anomaly.transforms import RemoveSmallLesions
+from scripts.transforms import MapToMask, upright
 
 __all__ = ["anomaly_benchmark", "drawn_slices", "grey_level_baseline", "healthy_slices", "labelled_slices", "tune"]
 
@@ -165,21 +166,56 @@ def kept_outputs(
     return torch.stack([entry["output"] for entry in kept]).float()
 
 
-def grey_level_baseline(bundle: Path, dataset_dir: str, channel: int) -> float:
-    """Mean Dice over the test volumes of a plain threshold on one sequence, the best one for the validation volumes."""
+def grey_level_baseline(bundle: Path, dataset_dir: str, channel: int) -> dict[str, float]:
+    """Mean Dice over the test volumes of thresholds on one sequence, each the best one for the validation volumes.
 
-    def dices(section: str, thresholds: Sequence[float]) -> np.ndarray:
-        volumes = [
-            [torch.stack([item[key] for item in case]) for key in ("image", "label")]
-            for case in labelled_slices(bundle, dataset_dir, section)
-        ]
-        return np.array([[dice(x[:, channel] > t, y[:, 0]) for t in thresholds] for x, y in volumes]).mean(axis=0)
+    The plain threshold, on grey levels of the network's grid; and that of a bundle whose ``evaluate.json`` has a control, on
+    its map (:class:`scripts.tasks.anomaly.evaluation.GreyLevelMapd`), without findings that are too small.
 
-    thresholds = np.linspace(0.3, 1.0, 36).tolist()
-    best = thresholds[int(dices("validation", thresholds).argmax())]
-    (result,) = dices("test", [best])
-    logger.info(f"threshold {best:.2f} on channel {channel}: mean Dice {result:.3f} over the test volumes")
-    return float(result)
+    Returns:
+        Dice of the ``plain`` threshold and of the ``control``, and the latter's ``control_threshold``.
+    """
+
+    def plain(section: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for case in labelled_slices(bundle, dataset_dir, section):
+            image, mask = (torch.stack([item[key] for item in case]) for key in ("image", "label"))
+            yield image[:, channel], mask[:, 0]
+
+    def control(section: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for case in cases_without_diffusion(bundle, dataset_dir, section):
+            yield case["control_map"], upright(case["label"])
+
+    def best(kind: Callable, thresholds: Sequence[float], remove: Callable) -> tuple[float, float]:
+        def dices(section: str, thresholds: Sequence[float]) -> np.ndarray:
+            return np.array([[dice(remove((x > t).byte()), y) for t in thresholds] for x, y in kind(section)]).mean(axis=0)
+
+        threshold = thresholds[int(dices("validation", thresholds).argmax())]
+        return threshold, float(dices("test", [threshold])[0])
+
+    threshold, found = best(plain, np.linspace(0.3, 1.0, 36).tolist(), lambda mask: mask)
+    logger.info(f"threshold {threshold:.2f} on channel {channel}: mean Dice {found:.3f} over the test volumes")
+    result = {"plain": found}
+    parser = configuration(bundle, "inference", "evaluate")
+    if "control_threshold" in parser:
+        remove = RemoveSmallLesions(parser.get_parsed_content("min_volume"))
+        threshold, found = best(control, np.linspace(0.3, 0.9, 31).tolist(), remove)
+        logger.info(f"threshold {threshold:.2f} on the map of the control: mean Dice {found:.3f} over the test volumes")
+        result |= {"control": found, "control_threshold": threshold}
+    return result
+
+
+def cases_without_diffusion(bundle: Path, dataset_dir: str, section: str) -> Iterator[dict]:
+    """Labelled cases as an evaluation has them, but with every slice left as it is: the classifier alone is called."""
+    parser = configuration(bundle, "inference", "evaluate")
+    parser.update({"dataset_dir": dataset_dir, "section": section, "network_def#skip_below": 2.0})  # of probabilities
+    network = with_weights(parser.get_parsed_content("network"), bundle / "models" / "model.pt")
+    preprocessing, postprocessing, inferer = map(parser.get_parsed_content, ("preprocessing", "postprocessing", "inferer"))
+    for case in parser.get_parsed_content("dataset#data#cases"):
+        if "label" in case:
+            item = preprocessing(case)
+            with torch.no_grad():
+                item["pred"] = inferer(item["image"][None].to(next(network.parameters()).device), network)[0].cpu()
+            yield postprocessing(item)
 
 
 def _quality(outputs: Tensor, masks: Tensor) -> dict[str, float]:

@@ -1,19 +1,24 @@
-"""How well models of healthy slices find anomalies where no labels exist: sprites painted into held-out healthy slices.
+"""How well models of healthy slices find anomalies where no labels exist, and what a control without a model finds.
 
-Pinaya et al. 2022 (arXiv 2206.03461, section 3.1) measure on such slices; the figures here have the names of their table.
+The first by sprites painted into held-out healthy slices. Pinaya et al. 2022 (arXiv 2206.03461, section 3.1) measure on
+such slices; the figures here have the names of their table.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from monai.config import PathLike
+from monai.config import KeysCollection, PathLike
+from monai.data.utils import affine_to_spacing
+from monai.transforms import GaussianSmooth, MapTransform
 from monai.transforms.utils import get_largest_connected_component_mask
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
@@ -25,9 +30,9 @@ from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.tasks.anomaly.figures import contrast_figure, overview
 from scripts.tasks.anomaly.metrics import BinnedScores
 from scripts.tasks.anomaly.transforms import RandSprited
-from scripts.transforms import has_foreground
+from scripts.transforms import has_foreground, upright, with_meta
 
-__all__ = ["healthy_images", "paint_sprites", "sprite_scores", "sprite_table", "worst_cases"]
+__all__ = ["GreyLevelMapd", "healthy_images", "paint_sprites", "sprite_scores", "sprite_table", "worst_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -271,3 +276,50 @@ def worst_cases(
     volumes = [x.float().movedim(0, -1).flip(2) for x in (painted, output[:, 1:-1], output[:, :1], found, masks)]
     overview(path, *volumes, columns=("input", "healed", "anomaly map", "mask"), slices=worst)
     return worst
+
+
+class GreyLevelMapd(MapTransform):
+    """The map that a control without a diffusion model has: how bright a sequence is, dressed as the network's map is.
+
+    Grey levels, as the network sees them, are smoothed, multiplied by the slice's probability of disease, and set to zero
+    near the rim of the head, where scalp and fat are bright. The result lies upright (RAS); its
+    voxels are the scan's.
+
+    Args:
+        keys: key of the scan (C, H, W, D), in its own unit, with ``meta["intensity_scale"]``.
+        output_key: key of the map (1, H, W, D).
+        channel: the sequence.
+        sigma: standard deviation of the smoothing in mm: in the plane of a slice, and across slices.
+        rim: width of what is set to zero, in mm.
+        probability_key: key of the probability (1, H, W, D).
+        level: grey level, as the network sees it, above which a voxel of any sequence is head.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "image",
+        output_key: str = "control_map",
+        channel: int = 0,
+        sigma: Sequence[float] = (2.0, 5.0),
+        rim: float = 10.0,
+        probability_key: str = "probability",
+        level: float = 0.1,
+    ) -> None:
+        super().__init__(keys)
+        self.output_key, self.channel, self.sigma, self.rim = output_key, channel, tuple(sigma), rim
+        self.probability_key, self.level = probability_key, level
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            scan, probability = upright(d[key]), upright(d[self.probability_key])
+            scales = torch.tensor(d[key].meta["intensity_scale"]).view(-1, 1, 1, 1)
+            grey = (scan.as_tensor().cpu() / scales).clamp(0, 1)
+            spacing = affine_to_spacing(scan.affine, 3).tolist()
+            widths = [self.sigma[axis == 2] / size for axis, size in enumerate(spacing)]
+            bright = GaussianSmooth(widths)(grey[self.channel : self.channel + 1])
+            heads = [ndimage.binary_fill_holes(head) for head in (grey > self.level).any(dim=0).numpy().transpose(2, 0, 1)]
+            inside = np.stack([ndimage.distance_transform_edt(head, sampling=spacing[:2]) > self.rim for head in heads], -1)
+            gated = bright * probability.as_tensor().cpu() * torch.from_numpy(inside)
+            d[self.output_key] = with_meta(torch.as_tensor(gated), like=scan)
+        return d

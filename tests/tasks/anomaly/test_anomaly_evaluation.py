@@ -9,12 +9,21 @@ import torch
 from conftest import rows_of
 from matplotlib.image import imread
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+from monai.transforms import Orientation
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
 from scripts.metrics import dice
 from scripts.tasks.anomaly import evaluation
-from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites, sprite_scores, sprite_table, worst_cases
+from scripts.tasks.anomaly.evaluation import (
+    GreyLevelMapd,
+    healthy_images,
+    paint_sprites,
+    sprite_scores,
+    sprite_table,
+    worst_cases,
+)
 
 FIGURES = ["best_dice", "best_threshold", "auprc", "auroc", "image_auroc", "image_auprc", "seconds"]
 
@@ -259,3 +268,36 @@ def test_a_configuration_runs_the_whole_table(tmp_path):
         "metrics_summary.json",
         "worst_cases.png",
     ]
+
+
+# --- GreyLevelMapd
+
+
+def control_item(axcodes="RAS"):
+    """A head of 40 x 40 voxels (2 x 2 x 5 mm, grey 0.4 of 1000) with a bright spot inside and one at the rim."""
+    scan = torch.zeros(2, 48, 48, 3)
+    scan[:, 4:44, 4:44] = 400
+    scan[1, 22:26, 22:26] = scan[1, 4:8, 22:26] = 900
+    meta = {"intensity_scale": [1000.0, 1000.0]}
+    affine = torch.diag(torch.tensor([2.0, 2, 5, 1], dtype=torch.float64))
+    image = Orientation(axcodes=axcodes, labels=None)(MetaTensor(scan, affine=affine, meta=meta))
+    probability = torch.zeros(1, 48, 48, 3)
+    probability[..., 1] = 1.0
+    return {"image": image, "probability": Orientation(axcodes=axcodes, labels=None)(MetaTensor(probability, affine=affine))}
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPI", "ASL"])
+def test_the_controls_map_is_the_grey_level_inside_the_rim_where_the_classifier_sees_disease(axcodes):
+    control = GreyLevelMapd("image", channel=1, sigma=(0.0, 0.0), rim=10.0)(control_item(axcodes))["control_map"]
+    assert control.shape == (1, 48, 48, 3) and not control[..., [0, 2]].any()
+    assert control[0, 22:26, 22:26, 1].unique().tolist() == pytest.approx([0.9])
+    inside = torch.zeros(48, 48, dtype=torch.bool)
+    inside[9:39, 9:39] = True  # 10 mm are 5 voxels, and the rim ends at the middle of the last
+    assert torch.equal(control[0, ..., 1] > 0, inside)
+
+
+def test_the_controls_map_is_smoothed_in_millimetres():
+    control = GreyLevelMapd("image", channel=1, sigma=(4.0, 0.0), rim=0.0)(control_item())["control_map"]
+    assert 0.4 < control[0, 24, 24, 1] < 0.8
+    across = GreyLevelMapd("image", channel=1, sigma=(0.0, 5.0), rim=0.0)(control_item())["control_map"]
+    assert across[0, 24, 24, 1] == pytest.approx(0.9 * 0.8664, rel=1e-3)  # of a Gaussian, within 1.5 standard deviations

@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from scripts.metrics import bootstrap_interval
 from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores, ImageMetrics
 
 AFFINE = torch.diag(torch.tensor([-1.0, 2.0, 5.0, 1.0], dtype=torch.float64))  # voxels of 10 mm³, mirrored
@@ -338,3 +339,35 @@ def test_images_with_a_class_and_no_mask_are_told_apart_by_probability_and_map(t
 def test_an_image_without_a_class_is_named_with_the_mend(tmp_path):
     with pytest.raises(ValueError, match="Case a has no class.*healthy/ and diseased/"):
         ImageMetrics(tmp_path)._evaluate({"case": "a"})
+
+
+def test_the_control_and_what_is_found_in_slices_without_a_lesion_are_measured_as_the_mask_is(tmp_path):
+    case = make_case("a", 0)
+    case["control"] = MetaTensor((case["label"] > 0).float(), affine=AFFINE)
+    case["control"][0, 0, 0, 1] = 1
+    rows, figures, _ = evaluate([case], tmp_path)
+    label, pred = case["label"][0].numpy() > 0, case["pred"][0].numpy() > 0
+    healthy = ~label.any(axis=(0, 1))
+    assert rows["a"]["healthy_ml"] == pytest.approx(pred[..., healthy].sum() * 0.01)
+    assert rows["a"]["control_healthy_ml"] == pytest.approx(0.01)
+    assert rows["a"]["control_dice"] == pytest.approx(raw_dice(case["control"][0].numpy() > 0, label))
+    slices = [raw_dice(pred[..., i], label[..., i]) for i in range(1, 7)]
+    assert rows["a"]["all_slices_dice"] == pytest.approx(np.mean(slices), abs=1e-6)
+    assert figures["control_dice_mean"] == rows["a"]["control_dice"]
+
+
+def test_a_healthy_slice_where_nothing_is_found_has_a_dice_of_one_among_all_slices(tmp_path):
+    case = make_case("a", 0, lesion=False)
+    case["pred"] = torch.zeros_like(case["pred"])
+    case["pred"][0, 0, 0, 1] = 1
+    rows, _, _ = evaluate([case], tmp_path)
+    assert rows["a"]["all_slices_dice"] == pytest.approx(5 / 6) and math.isnan(rows["a"]["slice_dice"])
+
+
+def test_figures_of_the_cohort_have_intervals_over_the_cases(tmp_path):
+    cases = [make_case(str(seed), seed) for seed in range(4)]
+    rows, figures, _ = evaluate(cases, tmp_path)
+    dices = [rows[case["case"]]["dice"] for case in cases]
+    assert (figures["dice_low"], figures["dice_high"]) == pytest.approx(bootstrap_interval(dices))
+    assert min(dices) <= figures["dice_low"] < figures["dice_mean"] < figures["dice_high"] <= max(dices)
+    assert "control_dice_mean" not in figures
