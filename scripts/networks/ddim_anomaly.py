@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,9 +19,6 @@ __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
 
 # the classes of the classifier, named here and nowhere else: guidance runs towards HEALTHY
 HEALTHY, DISEASED = 0, 1
-MARGIN = 4  # pixels of air that a cropped slice keeps around what it shows
-
-Window = tuple[slice, ...]  # channels, rows and columns
 
 
 class AttentionPool(nn.Module):
@@ -44,7 +40,7 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(in_channels * num_heads, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) to (B, out_channels)."""
+        """(B, C, H, W) to (B, out_channels)."""
         x = nn.functional.silu(self.norm(x)).flatten(2).transpose(1, 2)
         weight = self.score(x).softmax(dim=1)
         return self.out(torch.einsum("bnh,bnc->bhc", weight, x).flatten(1))
@@ -83,7 +79,6 @@ class DDIMAnomalyNet(SliceNetwork):
             healthy counts little; False, as in the paper.
         skip_below: slices with a smaller probability of disease come back as they are, with a map of zero, and cost one call
             of the classifier; 0 for none, as in the paper.
-        crop: leave out the air around what a slice shows, as far as the networks can; False, as in the paper.
         reference_steps: k > 0 takes from the map what the slice's way through the noise changes without guidance, decoded in
             k steps: what the networks can't restore anyway is no lesion. 0 for none, as in the paper.
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
@@ -118,7 +113,6 @@ class DDIMAnomalyNet(SliceNetwork):
         smoothing: float = 0.0,
         gate: bool = False,
         skip_below: float = 0.0,
-        crop: bool = False,
         reference_steps: int = 0,
         min_foreground: float = 0.05,
         foreground_level: float = 0.1,
@@ -143,14 +137,13 @@ class DDIMAnomalyNet(SliceNetwork):
         self.guidance_steps, self.solver, self.mode = guidance_steps, solver, mode
         self.map_weights = tuple(map_weights or [1.0] * in_channels)
         self.darker_weight, self.smoothing, self.gate = darker_weight, smoothing, gate
-        self.skip_below, self.crop, self.reference_steps = skip_below, crop, reference_steps
+        self.skip_below, self.reference_steps = skip_below, reference_steps
         if len(self.map_weights) != in_channels:
             raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
 
         # fused attention and channels_last are a tenth faster on a CPU, but their gradients in bfloat16 a third slower
         in_float32 = arithmetic(self, torch.device("cpu")) == "float32"
         folded = in_channels * fold**2
-        self.multiple = fold * 2 ** (len(channels) - 1)  # sizes that the U-Net halves without a remainder
         self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
         self.unet = DiffusionModelUNet(
             spatial_dims=2,
@@ -177,9 +170,9 @@ class DDIMAnomalyNet(SliceNetwork):
             use_flash_attention=in_float32,
         )
         # MONAI's dense head knows every place by heart; pooling by attention needs few patients
+        lowest = [size // fold // 2**depth for size in spatial_size]
         self.classifier.out = nn.Sequential(
-            nn.Unflatten(1, (classifier_channels[-1], -1)),  # places in a row: any size of slice
-            AttentionPool(classifier_channels[-1], 2),
+            nn.Unflatten(1, (classifier_channels[-1], *lowest)), AttentionPool(classifier_channels[-1], 2)
         )
         if in_float32:
             self.to(memory_format=torch.channels_last)
@@ -195,7 +188,6 @@ class DDIMAnomalyNet(SliceNetwork):
             "mode": "ddim",
             "smoothing": 0.0,
             "skip_below": 0.0,
-            "crop": False,
             "reference_steps": 0,
         }
 
@@ -262,7 +254,10 @@ class DDIMAnomalyNet(SliceNetwork):
         """Weighted sum of the differences (B, 1, H, W) between slices and their healthy versions, both (B, C, H, W)."""
         difference = image - healthy
         difference = difference.clamp(min=0) + self.darker_weight * (-difference).clamp(min=0)
-        return torch.einsum("bchw,c->bhw", difference, difference.new_tensor(self.map_weights)).unsqueeze(1)
+        anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(self.map_weights)).unsqueeze(1)
+        if self.smoothing > 0:
+            anomaly = GaussianFilter(spatial_dims=2, sigma=self.smoothing).to(image.device)(anomaly)
+        return anomaly
 
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to noised images at level ``noise_level``, without guidance."""
@@ -301,55 +296,17 @@ class DDIMAnomalyNet(SliceNetwork):
         """
         probability = self.probability(image)
         anomaly, healthy = torch.zeros_like(image[:, :1]), image.clone()
-        for members, windows in self._alike(image, probability >= self.skip_below):
-            shown = torch.stack([image[i][window] for i, window in zip(members, windows, strict=True)])
-            found = self._restore(shown)
-            for i, window, one_map, one_healthy in zip(members, windows, *found, strict=True):
-                anomaly[i][window], healthy[i][window] = one_map, one_healthy
-        if self.smoothing > 0:
-            anomaly = GaussianFilter(spatial_dims=2, sigma=self.smoothing).to(image.device)(anomaly)
+        chosen = probability >= self.skip_below
+        if chosen.any():
+            noised = self.encode(image[chosen])
+            healthy[chosen] = self.decode(noised)
+            anomaly[chosen] = self.anomaly_map(image[chosen], healthy[chosen])
+            if self.reference_steps:
+                restored = self.decode(noised, target=None, num_steps=self.reference_steps)
+                anomaly[chosen] = (anomaly[chosen] - self.anomaly_map(image[chosen], restored)).clamp(min=0)
         if self.gate:
             anomaly = anomaly * probability.view(-1, 1, 1, 1)
         return anomaly, healthy, probability
-
-    def _restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly map, not smoothed, and pseudo-healthy slices, of windows of one size (B, C, H, W)."""
-        noised = self.encode(image)
-        healthy = self.decode(noised)
-        anomaly = self.anomaly_map(image, healthy)
-        if self.reference_steps:
-            restored = self.decode(noised, target=None, num_steps=self.reference_steps)
-            anomaly = (anomaly - self.anomaly_map(image, restored)).clamp(min=0)
-        return anomaly, healthy
-
-    def _alike(self, image: Tensor, chosen: Tensor) -> Iterator[tuple[list[int], list[Window]]]:
-        """Numbers of the chosen slices with windows of one size, and these windows, a group after the other.
-
-        Which other slices are in a batch changes none of them.
-        """
-        groups: dict[tuple[int, ...], tuple[list[int], list[Window]]] = {}
-        for i in chosen.nonzero().flatten().tolist():
-            window = self._window(image[i])
-            members, windows = groups.setdefault(tuple(part.stop - part.start for part in window[1:]), ([], []))
-            members.append(i)
-            windows.append(window)
-        yield from groups.values()
-
-    def _window(self, image: Tensor) -> Window:
-        """The part of a slice (C, H, W) with its foreground and ``MARGIN`` pixels around it, as large as the U-Net takes."""
-        foreground = (image > self.foreground_level).any(dim=0) if self.crop else torch.ones_like(image[0], dtype=torch.bool)
-        window = [slice(None)]
-        for axis, size in enumerate(foreground.shape):
-            # a lone pixel in a row is noise
-            rows = (foreground.sum(dim=1 - axis) > 1).nonzero().flatten()
-            if not len(rows):
-                window.append(slice(0, size))
-                continue
-            low, high = int(rows[0]) - MARGIN, int(rows[-1]) + 1 + MARGIN
-            length = min(math.ceil((high - low) / self.multiple) * self.multiple, size)
-            begin = min(max((low + high - length) // 2, 0), size - length)
-            window.append(slice(begin, begin + length))
-        return tuple(window)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of U-Net and classifier on the same noised batch; their sum is what training minimises.

@@ -358,20 +358,6 @@ def test_levels_count_from_1_and_the_networks_steps_from_0():
 # --- less work
 
 
-def in_air(height, width, top=0, left=0, size=64):
-    """A head of noisy grey in the air of a slice (1, 1, size, size)."""
-    image = torch.zeros(1, 1, size, size)
-    image[..., top : top + height, left : left + width] = 0.5 + 0.1 * torch.randn(
-        height, width, generator=torch.Generator().manual_seed(height + width)
-    ).clamp(-3, 3)
-    return image
-
-
-def wide_network(**kwargs):
-    net = DDIMAnomalyNet(1, (64, 64), channels=(16, 32), classifier_channels=(32, 32), num_steps=2, **kwargs).eval()
-    return net
-
-
 def test_slices_that_look_healthy_come_back_as_they_are_without_a_call_of_the_unet():
     net = closed_form(skip_below=0.5, min_foreground=0.0)
     net.unet = Recorder(out_channels=8)
@@ -382,33 +368,10 @@ def test_slices_that_look_healthy_come_back_as_they_are_without_a_call_of_the_un
     assert output[1, :1].any() and torch.equal(output[1:], net(x[1:]))
 
 
-def test_the_air_around_a_slice_is_not_computed_and_stays():
-    net = wide_network(crop=True)
-    net.unet = Recorder(out_channels=8)
-    x = in_air(20, 33, top=30, left=5)
-    net(x)
-    (shape,) = {tuple(slices.shape[2:]) for slices, _ in net.unet.calls}
-    assert shape == (14, 22)  # 20 + 8 and 33 + 8 pixels, in multiples of 4, two of them folded into one
-    output = wide_network(crop=True)(x)
-    window = (slice(26, 54), slice(0, 44))
-    outside = torch.ones(64, 64, dtype=torch.bool)
-    outside[window] = False
-    assert torch.equal(output[0, 1, outside], x[0, 0, outside]) and not output[0, 0, outside].any()
-    assert output[0, 0][window].any()
-
-
-def test_cropping_changes_nothing_for_networks_without_neighbours():
-    x = torch.cat([in_air(20, 33, top=30, left=5), in_air(60, 64), in_air(31, 64, top=33)])
-    whole, cropped = (wide_network(crop=crop, gradient_scale=0.0) for crop in (False, True))
-    whole.unet = cropped.unet = IdealUNet()
-    shown = x > 0.1
-    assert torch.allclose(whole(x)[:, 1:2][shown], cropped(x)[:, 1:2][shown], atol=1e-5)
-
-
-@pytest.mark.parametrize("settings", [{"crop": True}, {"crop": True, "skip_below": 0.5, "reference_steps": 1}])
+@pytest.mark.parametrize("settings", [{"skip_below": 0.5}, {"skip_below": 0.5, "reference_steps": 2}])
 def test_with_less_work_too_the_result_of_a_slice_does_not_depend_on_its_batch(settings):
-    net = wide_network(gate=True, smoothing=1.0, **settings)
-    x = torch.cat([in_air(20, 33, top=30, left=5), in_air(60, 64), in_air(20, 33, top=2, left=20), in_air(31, 64, top=33)])
+    net = closed_form(gate=True, **settings)
+    x = torch.cat([torch.full((1, 1, 32, 32), level) for level in (0.3, 0.7, 0.4, 0.9)])
     assert torch.allclose(net(x), torch.cat([net(x[i : i + 1]) for i in range(4)]), atol=1e-5)
 
 
@@ -418,7 +381,7 @@ def test_what_the_way_through_the_noise_changes_without_guidance_is_taken_from_t
     restored = plain.decode(plain.encode(x), target=None)
     expected = (plain.anomaly_map(x, plain.decode(plain.encode(x))) - plain.anomaly_map(x, restored)).clamp(min=0)
     assert torch.allclose(relative(x)[:, :1], expected, atol=1e-6) and expected.any()
-    assert torch.equal(relative(x)[:, 1:], plain(x)[:, 1:])
+    assert torch.equal(relative(x)[:, 1:], plain(x)[:, 1:])  # the same healthy slice and probability
     assert not network(reference_steps=3, gradient_scale=0.0)(x)[:, 0].any()
 
 

@@ -19,15 +19,27 @@ from scripts.data.layouts import find_cases
 from scripts.data.slices import ExtractSlicesd
 from scripts.files import own_file, sha256_of
 from scripts.inferers import run_in_batches
-from scripts.metrics import dice
+from scripts.metrics import bootstrap_interval, dice
 from scripts.speed import Trial, compare
+from scripts.tables import markdown_table, mean_and_std
 from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites
 from scripts.tasks.anomaly.figures import guidance_table_figure
 from scripts.tasks.anomaly.metrics import BinnedScores
 from scripts.tasks.anomaly.transforms import RemoveSmallLesions
 from scripts.transforms import MapToMask, upright
 
-__all__ = ["anomaly_benchmark", "drawn_slices", "grey_level_baseline", "healthy_slices", "labelled_slices", "tune"]
+__all__ = [
+    "anomaly_benchmark",
+    "cases_without_diffusion",
+    "compare_with_published",
+    "drawn_slices",
+    "grey_level_baseline",
+    "healthy_slices",
+    "kept_outputs",
+    "labelled_slices",
+    "spread_slices",
+    "tune",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +176,75 @@ def kept_outputs(
                 torch.save(kept[i], aside)
         logger.info(f"{folder.name}: {begin + len(chosen)} of {len(missing)} slices, {seconds:.1f} s each")
     return torch.stack([entry["output"] for entry in kept]).float()
+
+
+def compare_with_published(
+    bundle: Path, dataset_dir: str, output_dir: Path, number: int, section: str, batch_size: int = 4
+) -> list[dict]:
+    """Print how well the published procedure and the default find lesions, on slices spread over all patients.
+
+    Each by the paper's map and mask, the plain sum of absolute differences cut by Otsu's threshold of the slice, and by the
+    bundle's: weighted, smoothed, gated, and cut over all slices of the patient together. What the networks make of a slice
+    is kept in ``output_dir``; the same command goes on with what is missing.
+
+    Args:
+        bundle: folder of a bundle with a :class:`scripts.networks.ddim_anomaly.DDIMAnomalyNet`.
+        dataset_dir: folder of the cases.
+        output_dir: folder of the kept outputs.
+        number: number of slices.
+        section: section of the cases.
+        batch_size: slices in a call of the network.
+
+    Returns:
+        a row for each procedure and map: means over the patients, with bootstrap intervals (``_low``, ``_high``), of
+        ``slice_dice`` over slices with a lesion and ``all_slices_dice``, and ``auroc`` over all pixels.
+    """
+    default = build_network(bundle)
+    parser = configuration(bundle, "inference")
+    cut = MapToMask(*(parser.get_parsed_content(key) for key in ("threshold", "min_threshold", "peak_shares")))
+    items = spread_slices(bundle, dataset_dir, section, number)
+    image, mask = torch.stack([item["image"] for item in items]), torch.stack([item["label"] for item in items])[:, 0] > 0
+    patients: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        patients.setdefault(item["case"], []).append(i)
+    rows = []
+    for procedure, changed in (("published", default.published), ("default", {})):
+        outputs = kept_outputs(bundle, items, output_dir / procedure, changed, batch_size)
+        healthy, probability = outputs[:, 1:-1], outputs[:, -1:]
+        plain = (image - healthy).abs().sum(dim=1)
+        own = outputs[:, 0] if not changed else (default.anomaly_map(image, healthy) * probability)[:, 0]
+        by_slice = torch.stack([MapToMask("otsu")(one[None])[0] for one in plain])
+        by_patient = torch.zeros_like(by_slice)
+        for members in patients.values():
+            apart = torch.stack([own[members], torch.zeros_like(own[members])], dim=1).flatten(0, 1)  # no neighbours
+            by_patient[members] = cut(apart[None])[0, ::2]
+        for name, anomaly, found in (("paper's map", plain, by_slice), ("bundle's map", own, by_patient)):
+            rows.append({"method": f"{procedure}, {name}", **_by_patient(anomaly, found, mask, list(patients.values()))})
+    columns = {"slice_dice": "Dice, lesion slices", "all_slices_dice": "Dice, all slices", "auroc": "AUROC"}
+    logger.info(f"{len(items)} slices of {len(patients)} patients, {int(mask.flatten(1).any(dim=1).sum())} with a lesion")
+    logger.info(markdown_table(mean_and_std(rows), columns))
+    for row in rows:
+        ends = ", ".join(f"{columns[key]} {row[f'{key}_low']:.3f} to {row[f'{key}_high']:.3f}" for key in list(columns)[:2])
+        logger.info(f"{row['method']}: {ends}")
+    return rows
+
+
+def _by_patient(anomaly: Tensor, found: Tensor, mask: Tensor, patients: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Figures of slices (N, H, W), means over the patients, of whom each has some of the slices."""
+    dices = np.array([dice(one, true) for one, true in zip(found, mask, strict=True)])
+    lesion = mask.flatten(1).any(dim=1).numpy()
+    chosen = {
+        "slice_dice": [[i for i in members if lesion[i]] for members in patients],
+        "all_slices_dice": patients,
+    }
+    figures = {}
+    for key, groups in chosen.items():
+        means = [float(dices[members].mean()) for members in groups if members]
+        figures[key] = float(np.mean(means))
+        figures[f"{key}_low"], figures[f"{key}_high"] = bootstrap_interval(means)
+    scores = BinnedScores(value_range=(0.0, float(anomaly.max())))
+    scores.add(anomaly, mask)
+    return {**figures, "auroc": scores.auroc()}
 
 
 def grey_level_baseline(bundle: Path, dataset_dir: str, channel: int) -> dict[str, float]:

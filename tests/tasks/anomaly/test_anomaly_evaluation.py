@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of
+from conftest import rows_of, save_nifti
 from matplotlib.image import imread
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
@@ -301,3 +301,39 @@ def test_the_controls_map_is_smoothed_in_millimetres():
     assert 0.4 < control[0, 24, 24, 1] < 0.8
     across = GreyLevelMapd("image", channel=1, sigma=(0.0, 5.0), rim=0.0)(control_item())["control_map"]
     assert across[0, 24, 24, 1] == pytest.approx(0.9 * 0.8664, rel=1e-3)  # of a Gaussian, within 1.5 standard deviations
+
+
+# --- choose_floor
+
+
+def made_results(folder, peaks):
+    """Maps of patients with a lesion of height 1 in slice 0 and a false finding, of 0.8 ml and given height, in slice 4."""
+    for i, peak in enumerate(peaks):
+        shape, name = (16, 16, 6), f"p{i}"
+        anomaly, label = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
+        label[2:8, 2:8, 0] = 1
+        anomaly[2:8, 2:8, 0] = 0.3
+        anomaly[4:10, 4:10, 4] = peak  # 36 voxels of 20 mm³
+        for sequence in ("t1", "flair", "t1ce"):
+            save_nifti(folder / "scans" / name / f"{name}_{sequence}.nii.gz", np.full(shape, 90, np.uint8))
+        save_nifti(folder / "scans" / name / f"{name}_seg.nii.gz", label)
+        save_nifti(folder / "results" / name / f"{name}_map.nii.gz", anomaly)
+    return folder / "results", str(folder / "scans")
+
+
+def test_the_floor_is_the_smallest_that_bounds_what_is_found_in_healthy_slices(bundle, tmp_path):
+    peaks = [0.02, 0.05, 0.09, 0.12, 0.19, 0.0, 0.0, 0.0, 0.0]
+    paths = made_results(tmp_path, peaks)
+    # the false findings are above a quarter of the peak, but not joined to what is above half of it but for the fifth's
+    found = evaluation.choose_floor(bundle, *paths, most_ml=0.2, cap_ml=1.0, section="all")
+    assert found == pytest.approx(0.01)  # (0.72 + 1) / 10
+    assert evaluation.choose_floor(bundle, *paths, most_ml=0.15, cap_ml=1.0, section="all") == pytest.approx(0.19)
+    with pytest.raises(ValueError, match="9 patients allow 0.1 at least"):
+        evaluation.choose_floor(bundle, *paths, most_ml=0.05, cap_ml=1.0, section="all")
+
+
+def test_a_case_without_a_map_is_named_with_the_mend(bundle, tmp_path):
+    results, scans = made_results(tmp_path, [0.1])
+    (results / "p0" / "p0_map.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="p0_map.nii.gz.*evaluation with --section all"):
+        evaluation.choose_floor(bundle, results, scans, section="all")
