@@ -101,7 +101,7 @@ def test_figures_and_slice_labels_do_not_depend_on_how_a_scan_and_its_mask_are_s
         save_stored_as(tmp_path / "scans" / case / f"{case}_seg.nii.gz", mask_axes, mask)
     paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all")
     config = "['configs/inference.json','configs/evaluate.json']"
-    found = ("--gate", False, "--threshold", 0.05, "--min_volume", 0)  # a few steps find little
+    found = ("--gate", False, "--skip_below", 0, "--threshold", 0.05, "--min_volume", 0)  # a few steps find little
     done = run_forked(bundle, config, *paths, *QUICK, *found, "--handlers#0#picture", False)
     assert done.returncode == 0, done.stderr
     results = {row["case"]: row for row in rows_of(tmp_path / "out" / "results.csv")}
