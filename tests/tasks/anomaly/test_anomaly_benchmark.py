@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_patient
+from monai.data import MetaTensor
 from PIL import Image
 from torch import nn
 
@@ -249,3 +250,18 @@ def test_the_baseline_dresses_grey_levels_as_the_map_and_calls_the_classifier_al
     assert not unet_calls and not case["map"].any()
     assert case["control_map"].shape == case["label"].shape == case["probability"].shape
     assert case["control"].dtype == torch.uint8
+
+
+def test_both_thresholds_on_grey_levels_are_chosen_on_validation_and_used_on_test(labelled, bundle, monkeypatch):
+    def dressed(bundle, dataset_dir, section):
+        label = MetaTensor(torch.zeros(1, 16, 16, 8), affine=torch.diag(torch.tensor([2.0, 2, 5, 1], dtype=torch.float64)))
+        label[:, 4:10, 4:10, 2:4] = 1
+        grey = 0.2 + 0.5 * label
+        grey[:, 12, 12, 2] = 0.8  # too small to be a finding
+        grey[:, 10:14, 10:14, 6:] = 0.6 if section == "validation" else 0.4
+        yield {"control_map": grey, "label": label}
+
+    monkeypatch.setattr(benchmark, "cases_without_diffusion", dressed)
+    found = benchmark.grey_level_baseline(bundle, "", 0)
+    assert found["plain"] == pytest.approx(1) and found["control"] == pytest.approx(1)
+    assert 0.6 <= found["control_threshold"] < 0.7
