@@ -21,7 +21,8 @@ from scripts.release.package import package_all
 from scripts.release.report import report as write_report
 from scripts.release.verify import run_inference
 from scripts.release.verify import verify as faults_of
-from scripts.tasks.anomaly.benchmark import grey_level_baseline, tune
+from scripts.tasks.anomaly.benchmark import compare_with_published, grey_level_baseline, tune
+from scripts.tasks.anomaly.evaluation import choose_floor
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -128,8 +129,44 @@ def run_tune(
     tune(_bundle(name), dataset_dir, noise_levels, gradient_scales, num_slices, section, figure, settings)
 
 
+def run_published(name: str, dataset_dir: str, output_dir: str, num_slices: int = 60, section: str = "test") -> None:
+    """Print how well the published procedure and the default find lesions, on slices spread over all patients.
+
+    The same command goes on after a stop.
+
+    Args:
+        name: bundle that is guided by a classifier.
+        dataset_dir: folder of labelled cases.
+        output_dir: folder in which the networks' outputs are kept, slice by slice.
+        num_slices: slices to measure on.
+        section: section of the cases.
+    """
+    compare_with_published(_bundle(name), dataset_dir, Path(output_dir), num_slices, section)
+
+
+def run_floor(
+    name: str,
+    results: str,
+    dataset_dir: str,
+    most_ml: float = 1.0,
+    cap_ml: float = 10.0,
+    section: str = "validation",
+) -> None:
+    """Print the floor of the mask's threshold that bounds the volume found in slices without a lesion.
+
+    Args:
+        name: bundle.
+        results: folder of the maps of an evaluation of that section.
+        dataset_dir: folder of the labelled cases.
+        most_ml: largest expected volume a patient, in ml, where volumes above ``cap_ml`` count as that.
+        cap_ml: see there.
+        section: section of the cases.
+    """
+    choose_floor(_bundle(name), Path(results), dataset_dir, most_ml, cap_ml, section)
+
+
 def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
-    """Print the mean Dice over the test volumes of a plain threshold on one sequence (1 is FLAIR).
+    """Print the mean Dice over the test volumes of thresholds on one sequence (1 is FLAIR), plain and dressed as the map is.
 
     Args:
         name: bundle.
@@ -139,7 +176,7 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
-def compare(
+def compare_cines(
     name: str, dataset_dir: str, output_dir: str = "comparison", section: str = "validation", **settings: object
 ) -> None:
     """Evaluate a bundle's method and what it is compared with on the same patients, and print and write one table.
@@ -259,7 +296,9 @@ def main() -> None:
             "benchmark": run_benchmark,
             "tune": run_tune,
             "baseline": run_baseline,
-            "compare": compare,
+            "compare_cines": compare_cines,
+            "published": run_published,
+            "floor": run_floor,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,

@@ -78,7 +78,7 @@ def _calling_parser() -> ConfigParser:
 
 def _bundle_files(parser: ConfigParser) -> list[dict]:
     """The configurations of the bundle for training, or those for inference, whichever it is; the main one first."""
-    kinds = ("train", "train_*") if "train" in parser.config else ("inference", "evaluate*")
+    kinds = ("train", "train_*") if "train" in parser.config else ("inference", "inference_*", "evaluate*")
     folder = Path(parser.get_parsed_content("bundle_root")) / "configs"
     return [json.loads(path.read_text(encoding="utf-8")) for kind in kinds for path in sorted(folder.glob(f"{kind}.json"))]
 

@@ -1,4 +1,4 @@
-"""Thresholds that a map of anomalies sets itself."""
+"""Thresholds that a map of anomalies sets itself, and those that a number of patients set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 
-__all__ = ["otsu", "peak"]
+__all__ = ["otsu", "peak", "risk_controlled"]
 
 
 def otsu(anomaly_map: np.ndarray, minimum: float = 0.0) -> float:
@@ -36,3 +36,38 @@ def peak(anomaly_map: np.ndarray, shares: Sequence[float], minimum: float = 0.0)
     """
     low, high = (max(share * float(anomaly_map.max()), minimum) for share in shares)
     return apply_hysteresis_threshold(anomaly_map, low, high), low
+
+
+def risk_controlled(losses: np.ndarray, thresholds: Sequence[float], risk: float, bound: float = 1.0) -> float:
+    """The smallest threshold with a bounded expected loss, by conformal risk control (Angelopoulos et al. 2022,
+    arXiv 2208.02814, eq. 4).
+
+    It is the smallest at which (sum of the losses + ``bound``) / (n + 1) does not exceed ``risk``. If the n patients and the
+    next one are exchangeable, and their losses fall with the threshold and lie in [0, ``bound``], the expected loss of the
+    next patient at this threshold is at most ``risk`` (theorem 1). The expectation is over the n patients as well: it is no
+    statement on these alone, and none on each patient.
+
+    Args:
+        losses: (n, k), of each patient at each threshold.
+        thresholds: (k,), rising.
+        risk: the largest expected loss wanted; with n patients no less than ``bound`` / (n + 1) can be had.
+        bound: largest loss that there can be.
+
+    Raises:
+        ValueError: for thresholds that don't rise, losses outside of [0, bound] or that rise with the threshold, and for a
+            risk that no threshold has.
+    """
+    losses, thresholds = np.asarray(losses, dtype=float), np.asarray(thresholds, dtype=float)
+    if losses.ndim != 2 or losses.shape[1] != len(thresholds) or not len(losses) or (np.diff(thresholds) <= 0).any():
+        raise ValueError(
+            f"a loss for each patient and rising threshold is needed, got {losses.shape} for {thresholds.shape}"
+        )
+    if not (0 <= losses.min() and losses.max() <= bound) or (np.diff(losses, axis=1) > 0).any():
+        raise ValueError(f"losses must lie in 0 ... {bound:g} and fall with the threshold")
+    controlled = (losses.sum(axis=0) + bound) / (len(losses) + 1)
+    if not (controlled <= risk).any():
+        raise ValueError(
+            f"no threshold has an expected loss of {risk:g}; {len(losses)} patients allow {controlled.min():.3g} at least: "
+            "take more patients, or a larger risk"
+        )
+    return float(thresholds[(controlled <= risk).argmax()])

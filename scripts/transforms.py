@@ -24,6 +24,7 @@ __all__ = [
     "MapToMask",
     "MapToMaskd",
     "RestoreIntensityd",
+    "ScaleIntensityByExtremesd",
     "ScaleIntensityByForeground",
     "ScaleIntensityByForegroundd",
     "ScaleIntensityByWindow",
@@ -133,6 +134,29 @@ class ScaleIntensityByForegroundd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.scaler(d[key])
+        return d
+
+
+class ScaleIntensityByExtremesd(MapTransform):
+    """Scale each image (C, H, W[, D]) so that its least value becomes 0 and its largest 1; a constant one gives zeros.
+
+    ``meta`` gets ``intensity_scale`` and ``intensity_offset``, by which :class:`RestoreIntensityd` undoes it. Not an
+    ``InvertibleTransform`` for the same reason as :class:`ScaleIntensityByForeground`.
+
+    Args:
+        keys: keys of the images.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = convert_to_tensor(d[key], dtype=torch.float32, track_meta=True)
+            voxels = image.as_tensor()
+            low, high = float(voxels.min()), float(voxels.max())
+            scale = high - low or 1.0
+            told = {"intensity_scale": [scale] * len(voxels), "intensity_offset": [low] * len(voxels)}
+            d[key] = with_meta((voxels - low) / scale, like=image, **told)
         return d
 
 

@@ -69,7 +69,7 @@ def test_compare_evaluates_every_method_of_the_bundle_on_the_same_section(tmp_pa
             write_rows(output_dir / f"{table}.csv", [{**case, "seconds": 1} for case in cases])
 
     monkeypatch.setattr(main, "run_inference", evaluate)
-    main.compare("cardiac_mri_deformable_diffusion", tmp_path, tmp_path / "out", section="test", amp=False)
+    main.compare_cines("cardiac_mri_deformable_diffusion", tmp_path, tmp_path / "out", section="test", amp=False)
     assert runs["default"] == (("evaluate",), {"section": "test", "amp": False})
     alone = runs["refinement_alone_60_steps"]
     assert alone == (("evaluate", "evaluate_refinement"), {"section": "test", "amp": False, "refinement_steps": 60})

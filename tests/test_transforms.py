@@ -16,6 +16,7 @@ from scripts.transforms import (
     MapToMask,
     MapToMaskd,
     RestoreIntensityd,
+    ScaleIntensityByExtremesd,
     ScaleIntensityByForeground,
     ScaleIntensityByForegroundd,
     ScaleIntensityByWindow,
@@ -91,6 +92,14 @@ def test_restoring_more_channels_than_the_scan_has_is_refused():
     data = ScaleIntensityByForegroundd("image")({"image": head(1, 16, 16, 8), "healthy": torch.zeros(2, 16, 16, 8)})
     with pytest.raises(ValueError, match="2 channels"):
         RestoreIntensityd("healthy")(data)
+
+
+def test_the_extremes_become_0_and_1_and_are_restored():
+    image = MetaTensor(torch.tensor([[[-50.0, 0.0], [25.0, 150.0]]]))
+    scaled = ScaleIntensityByExtremesd("image")({"image": image})
+    assert scaled["image"].flatten().tolist() == [0, 0.25, 0.375, 1] and image[0, 0, 0] == -50
+    assert torch.equal(RestoreIntensityd("image")(scaled)["image"].as_tensor(), image.as_tensor())
+    assert not ScaleIntensityByExtremesd("image")({"image": torch.full((1, 2, 2), 7.0)})["image"].any()
 
 
 # --- ScaleIntensityByWindow, FitSlicesd

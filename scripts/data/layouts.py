@@ -15,7 +15,7 @@ from monai.utils import ensure_tuple
 
 from scripts.data.sections import SECTIONS, checked_section, section_by_order, take_section
 
-__all__ = ["add_slice_labels", "find_cases", "folder_pair", "shortened", "training_cases", "visible"]
+__all__ = ["add_slice_labels", "find_cases", "folder_pair", "image_cases", "shortened", "training_cases", "visible"]
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +331,31 @@ def folder_pair(dataset_dir: str | Path) -> list[dict]:
     ]
 
 
+def image_cases(dataset_dir: str | Path, sequences: Sequence[str], section: str = "all") -> list[dict]:
+    """Cases of 2-D images: of a :func:`folder_pair`, named ``<folder>_<file>``, or pictures and volumes of one folder.
+
+    Args:
+        dataset_dir: the folder, see :func:`find_cases`.
+        sequences: see there.
+        section: ``training``, ``validation`` or ``test``, or ``all``; of a pair as in its training.
+
+    Raises:
+        FileNotFoundError: if there is nothing in it, or nothing in the section.
+        ValueError: for an unknown section.
+    """
+    pair = folder_pair(dataset_dir) if _is_pair(dataset_dir) else []
+    if not pair:
+        return find_cases(dataset_dir, sequences, section=section, pictures=True)
+    cases = [{**case, "case": case["case"].replace("/", "_")} for case in pair]
+    if section == "all":
+        return cases
+    return checked_section(dataset_dir, section, {name: take_section(cases, name) for name in SECTIONS})
+
+
+def _is_pair(dataset_dir: str | Path) -> bool:
+    return all((Path(dataset_dir) / name).is_dir() for name in ("healthy", "diseased"))
+
+
 def add_slice_labels(cases: list[dict], path: str | Path) -> list[dict]:
     """Give cases ``slice_labels`` from a CSV file with the columns ``case``, ``slice`` (from 0) and ``label`` (0 or 1).
 
@@ -364,7 +389,7 @@ def training_cases(
     Raises:
         FileNotFoundError: if no case of the folder has a label, or none is in the section.
     """
-    if (Path(dataset_dir) / "healthy").is_dir() and (Path(dataset_dir) / "diseased").is_dir():
+    if _is_pair(dataset_dir):
         cases = folder_pair(dataset_dir)
     else:
         cases = find_cases(dataset_dir, sequences)

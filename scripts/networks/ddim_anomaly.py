@@ -77,6 +77,10 @@ class DDIMAnomalyNet(SliceNetwork):
         smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none, as in the paper.
         gate: multiply a slice's anomaly map by its probability of disease, so that what changed in a slice that looks
             healthy counts little; False, as in the paper.
+        skip_below: slices with a smaller probability of disease come back as they are, with a map of zero, and cost one call
+            of the classifier; 0 for none, as in the paper.
+        reference_steps: k > 0 takes from the map what the slice's way through the noise changes without guidance, decoded in
+            k steps: what the networks can't restore anyway is no lesion. 0 for none, as in the paper.
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
         foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
         seed: seed of the noise of ``ddpm`` mode; every slice gets the same noise, so that batches do not matter.
@@ -108,6 +112,8 @@ class DDIMAnomalyNet(SliceNetwork):
         darker_weight: float = 1.0,
         smoothing: float = 0.0,
         gate: bool = False,
+        skip_below: float = 0.0,
+        reference_steps: int = 0,
         min_foreground: float = 0.05,
         foreground_level: float = 0.1,
         seed: int = 0,
@@ -131,6 +137,7 @@ class DDIMAnomalyNet(SliceNetwork):
         self.guidance_steps, self.solver, self.mode = guidance_steps, solver, mode
         self.map_weights = tuple(map_weights or [1.0] * in_channels)
         self.darker_weight, self.smoothing, self.gate = darker_weight, smoothing, gate
+        self.skip_below, self.reference_steps = skip_below, reference_steps
         if len(self.map_weights) != in_channels:
             raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
 
@@ -180,6 +187,8 @@ class DDIMAnomalyNet(SliceNetwork):
             "solver": "ddim",
             "mode": "ddim",
             "smoothing": 0.0,
+            "skip_below": 0.0,
+            "reference_steps": 0,
         }
 
     def _run(self, network: nn.Module, x: Tensor, t: Tensor | int) -> Tensor:
@@ -257,11 +266,18 @@ class DDIMAnomalyNet(SliceNetwork):
             return noise_image(x, self._draw(x, self._generator()), self._alpha(self.noise_level))
         return SOLVERS[self.solver](self.noise, x, self._levels(), self.alphas_cumprod)
 
-    def decode(self, x: Tensor, target: int = HEALTHY) -> Tensor:
-        """Noised images at level ``noise_level`` to slices (B, C, H, W), guided towards the target class."""
-        levels = self._levels()[::-1]
-        inside = target if self.gradient_scale and not self.guidance_steps else None
-        outside = {"correct": partial(self.guide, target=target)} if self.gradient_scale and self.guidance_steps else {}
+    def decode(self, x: Tensor, target: int | None = HEALTHY, num_steps: int | None = None) -> Tensor:
+        """Noised images at level ``noise_level`` to slices (B, C, H, W), guided towards the target class.
+
+        Args:
+            x: noised images (B, C, H, W).
+            target: the class, or None for no guidance.
+            num_steps: steps down, in place of the network's.
+        """
+        levels = self._levels(num_steps)[::-1]
+        target = target if self.gradient_scale else None
+        inside = None if self.guidance_steps else target
+        outside = {} if target is None or not self.guidance_steps else {"correct": partial(self.guide, target=target)}
         if self.mode == "ddpm":
             draw = partial(self._draw, generator=self._generator(stream=1))
             x = ddpm(partial(self.estimate, target=inside), x, levels, self.alphas_cumprod, draw_noise=draw, **outside)
@@ -269,8 +285,8 @@ class DDIMAnomalyNet(SliceNetwork):
             x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)
         return (x + 1) / 2
 
-    def _levels(self) -> list[int]:
-        return level_grid(self.noise_level, self.num_steps)
+    def _levels(self, num_steps: int | None = None) -> list[int]:
+        return level_grid(self.noise_level, num_steps or self.num_steps)
 
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), pseudo-healthy slices (B, C, H, W) and probability of disease (B,).
@@ -278,9 +294,16 @@ class DDIMAnomalyNet(SliceNetwork):
         Args:
             image: slices (B, C, H, W), grey levels in [0, 1].
         """
-        healthy = self.decode(self.encode(image))
-        anomaly = self.anomaly_map(image, healthy)
         probability = self.probability(image)
+        anomaly, healthy = torch.zeros_like(image[:, :1]), image.clone()
+        chosen = probability >= self.skip_below
+        if chosen.any():
+            noised = self.encode(image[chosen])
+            healthy[chosen] = self.decode(noised)
+            anomaly[chosen] = self.anomaly_map(image[chosen], healthy[chosen])
+            if self.reference_steps:
+                restored = self.decode(noised, target=None, num_steps=self.reference_steps)
+                anomaly[chosen] = (anomaly[chosen] - self.anomaly_map(image[chosen], restored)).clamp(min=0)
         if self.gate:
             anomaly = anomaly * probability.view(-1, 1, 1, 1)
         return anomaly, healthy, probability

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from scripts.bundle import configuration
 from scripts.data.layouts import find_cases
-from scripts.data.sections import section_of
+from scripts.data.sections import SECTIONS, section_of
 from scripts.metrics import dice
 
 QUICK = ("--num_steps", 2, "--guidance_steps", 1, "--spatial_size", "[64,64]", "--pixdim", "[4.0,4.0,-1.0]")
@@ -100,7 +101,7 @@ def test_figures_and_slice_labels_do_not_depend_on_how_a_scan_and_its_mask_are_s
         save_stored_as(tmp_path / "scans" / case / f"{case}_seg.nii.gz", mask_axes, mask)
     paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", "--section", "all")
     config = "['configs/inference.json','configs/evaluate.json']"
-    found = ("--gate", False, "--threshold", 0.05, "--min_volume", 0)  # a few steps find little
+    found = ("--gate", False, "--skip_below", 0, "--threshold", 0.05, "--min_volume", 0)  # a few steps find little
     done = run_forked(bundle, config, *paths, *QUICK, *found, "--handlers#0#picture", False)
     assert done.returncode == 0, done.stderr
     results = {row["case"]: row for row in rows_of(tmp_path / "out" / "results.csv")}
@@ -197,20 +198,47 @@ def test_training_resumes_and_its_weights_run(bundle, tmp_path):
     assert infer(bundle, tmp_path / "scans", tmp_path / "out", *weights, *SMALL).returncode == 0
 
 
-def test_training_takes_folders_of_healthy_and_diseased_images(bundle, tmp_path):
+def test_images_of_two_folders_are_trained_on_healed_and_evaluated(bundle, tmp_path):
     scan, _ = make_head(num_slices=2)
     patients = [f"patient{i}" for i in range(40)]
-    chosen = [next(p for p in patients if section_of(p) == section) for section in ("training", "validation")]
+    chosen = {section: next(p for p in patients if section_of(p) == section) for section in SECTIONS}
     for number, folder in enumerate(("healthy", "diseased")):
         (tmp_path / "images" / folder).mkdir(parents=True)
-        for name in chosen:
-            Image.fromarray(scan[:, :, 1 - number, 1]).save(tmp_path / "images" / folder / f"{name}_1.png")
+        for name in chosen.values():
+            pixels = Image.fromarray(scan[:, :, 1 - number, 1]).resize((100, 150))
+            pixels.save(tmp_path / "images" / folder / f"{name}_1.png")
     args = ["--dataset_dir", tmp_path / "images", "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
-    args += ["--epochs", 1, "--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]
+    args += ["--epochs", 1, "--epoch_length", 1, "--batch_size", 2, "--val_interval", 1, *QUICK[4:6], *SMALL]
     done = run_forked(bundle, "['configs/train.json','configs/train_images.json']", *args)
     assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "ckpt" / "model.pt", weights_only=True)
+    weights = tmp_path / "ckpt" / "model.pt"
+    state = torch.load(weights, weights_only=True)
     assert state["unet.conv_in.conv.weight"].shape[1] == 4  # one channel, 2 x 2 pixels folded
+
+    def run_on_images(dataset_dir, output, *configs):
+        config = str([f"configs/{name}.json" for name in ("inference", "inference_images", *configs)])
+        paths = ("--dataset_dir", dataset_dir, "--output_dir", tmp_path / output, "--checkpointloader#load_path", weights)
+        done = run_forked(bundle, config, *paths, *QUICK[:6], *SMALL)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / output
+
+    out = run_on_images(tmp_path / "images", "evaluation", "evaluate_images")
+    rows = {row["case"]: row for row in rows_of(out / "metrics.csv")}
+    healthy, diseased = (f"{folder}_{chosen['test']}_1" for folder in ("healthy", "diseased"))
+    assert list(rows) == [healthy, diseased, "mean", "std"]
+    assert [float(rows[case]["class_label"]) for case in (healthy, diseased)] == [0, 1]
+    summary = json.loads((out / "metrics_summary.json").read_text())
+    assert summary["num_healthy"] == summary["num_diseased"] == 1 and summary["auroc"] in (0, 0.5, 1)
+
+    out = run_on_images(tmp_path / "images" / "diseased", "unlabelled")  # pictures of no class
+    case = f"{chosen['test']}_1"
+    assert len(rows_of(out / "results.csv")) == 3
+    with Image.open(tmp_path / "images" / "diseased" / f"{case}.png") as picture:
+        grey = np.asarray(picture, dtype=float).T[:, :, None]
+    found = {ending: nib.load(out / case / f"{case}_{ending}.nii.gz") for ending in ("seg", "map", "healthy")}
+    assert all(image.shape == (100, 150, 1) for image in found.values())
+    assert np.corrcoef(found["healthy"].get_fdata().ravel(), grey.ravel())[0, 1] > 0.5  # not turned, and in its grey levels
+    assert (out / case / f"{case}_overview.png").is_file()
 
 
 @pytest.mark.skipif(not LGG.is_dir(), reason=f"no real scans at {LGG}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from made_inputs import SECTIONS, SEQUENCES, table, touch
 
-from scripts.data.layouts import add_slice_labels, find_cases, folder_pair, training_cases
+from scripts.data.layouts import add_slice_labels, find_cases, folder_pair, image_cases, training_cases
 from scripts.data.sections import section_of
 
 
@@ -332,6 +332,18 @@ def test_one_patients_pictures_are_all_in_one_section(tmp_path):
     parts = [{c["patient"] for c in training_cases(tmp_path, SEQUENCES, section)} for section in SECTIONS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 30
     assert sum(len(training_cases(tmp_path, SEQUENCES, section)) for section in SECTIONS) == 120
+
+
+def test_images_of_a_pair_have_names_for_folders_and_the_sections_of_the_training(tmp_path):
+    touch(tmp_path, *(f"{kind}/p{i}_0.png" for i in range(60) for kind in ("healthy", "diseased")))
+    every = image_cases(tmp_path, ("frontal",))
+    assert len({case["case"] for case in every}) == 120 and every[0]["case"] == "healthy_p0_0"
+    for section in SECTIONS:
+        found = image_cases(tmp_path, ("frontal",), section)
+        trained = training_cases(tmp_path, ("frontal",), section)
+        assert [case["image"] for case in found] == [case["image"] for case in trained] and found
+    alone = image_cases(tmp_path / "healthy", ("frontal",))
+    assert len(alone) == 60 and "class_label" not in alone[0]
 
 
 def test_slice_labels_come_in_the_order_of_the_slices_and_for_the_cases_of_the_table(tmp_path):

@@ -352,7 +352,37 @@ def test_levels_count_from_1_and_the_networks_steps_from_0():
     net.unet, net.classifier = Recorder(out_channels=8), Recorder()
     net(images())
     assert [step.tolist() for _, step in net.unet.calls] == [[i] * 2 for i in (0, 99, 199, 299, 199, 99)]
-    assert [step.tolist() for _, step in net.classifier.calls] == [[i] * 2 for i in (199, 99, 0, 0)]
+    assert [step.tolist() for _, step in net.classifier.calls] == [[i] * 2 for i in (0, 199, 99, 0)]
+
+
+# --- less work
+
+
+def test_slices_that_look_healthy_come_back_as_they_are_without_a_call_of_the_unet():
+    net = closed_form(skip_below=0.5, min_foreground=0.0)
+    net.unet = Recorder(out_channels=8)
+    x = torch.cat([torch.full((1, 1, 32, 32), 0.3), torch.full((1, 1, 32, 32), 0.7)])  # brightness is disease
+    output = net(x)
+    assert {len(slices) for slices, _ in net.unet.calls} == {1}
+    assert torch.equal(output[0, 1:2], x[0]) and not output[0, :1].any() and 0 < output[0, 2].max() < 0.5
+    assert output[1, :1].any() and torch.equal(output[1:], net(x[1:]))
+
+
+@pytest.mark.parametrize("settings", [{"skip_below": 0.5}, {"skip_below": 0.5, "reference_steps": 2}])
+def test_with_less_work_too_the_result_of_a_slice_does_not_depend_on_its_batch(settings):
+    net = closed_form(gate=True, **settings)
+    x = torch.cat([torch.full((1, 1, 32, 32), level) for level in (0.3, 0.7, 0.4, 0.9)])
+    assert torch.allclose(net(x), torch.cat([net(x[i : i + 1]) for i in range(4)]), atol=1e-5)
+
+
+def test_what_the_way_through_the_noise_changes_without_guidance_is_taken_from_the_map():
+    x = images()
+    plain, relative = (network(reference_steps=k, solver="ddim") for k in (0, 3))
+    restored = plain.decode(plain.encode(x), target=None)
+    expected = (plain.anomaly_map(x, plain.decode(plain.encode(x))) - plain.anomaly_map(x, restored)).clamp(min=0)
+    assert torch.allclose(relative(x)[:, :1], expected, atol=1e-6) and expected.any()
+    assert torch.equal(relative(x)[:, 1:], plain(x)[:, 1:])  # the same healthy slice and probability
+    assert not network(reference_steps=3, gradient_scale=0.0)(x)[:, 0].any()
 
 
 # --- what is refused

@@ -1,22 +1,31 @@
-"""How well models of healthy slices find anomalies where no labels exist: sprites painted into held-out healthy slices.
+"""How well models of healthy slices find anomalies where no labels exist; a control without a model; the floor of masks.
 
-Pinaya et al. 2022 (arXiv 2206.03461, section 3.1) measure on such slices; the figures here have the names of their table.
+The first by sprites painted into held-out healthy slices. Pinaya et al. 2022 (arXiv 2206.03461, section 3.1) measure on
+such slices; the figures here have the names of their table.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from monai.config import PathLike
+from monai.config import KeysCollection, PathLike
+from monai.data.utils import affine_to_spacing
+from monai.transforms import Compose, GaussianSmooth, MapTransform
 from monai.transforms.utils import get_largest_connected_component_mask
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
+from scripts.bundle import configuration
+from scripts.data.labels import LoadLabelsd
+from scripts.data.layouts import find_cases
+from scripts.data.reading import LoadSequencesd
 from scripts.data.slices import SliceDataset
 from scripts.files import check_own, own_file
 from scripts.inferers import run_in_batches
@@ -24,13 +33,23 @@ from scripts.metrics import dice
 from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.tasks.anomaly.figures import contrast_figure, overview
 from scripts.tasks.anomaly.metrics import BinnedScores
-from scripts.tasks.anomaly.transforms import RandSprited
-from scripts.transforms import has_foreground
+from scripts.tasks.anomaly.transforms import RandSprited, RemoveSmallLesions
+from scripts.thresholds import risk_controlled
+from scripts.transforms import MapToMask, has_foreground, upright, with_meta
 
-__all__ = ["healthy_images", "paint_sprites", "sprite_scores", "sprite_table", "worst_cases"]
+__all__ = [
+    "GreyLevelMapd",
+    "choose_floor",
+    "healthy_images",
+    "paint_sprites",
+    "sprite_scores",
+    "sprite_table",
+    "worst_cases",
+]
 
 logger = logging.getLogger(__name__)
 
+FLOORS = np.round(np.linspace(0.01, 0.2, 39), 4).tolist()  # of masks, on trial
 FOREGROUND_LEVEL = 0.15  # air in MedNIST's head CT is 0.1
 MAX_DRAWS = 10_000
 COLUMNS = {
@@ -271,3 +290,99 @@ def worst_cases(
     volumes = [x.float().movedim(0, -1).flip(2) for x in (painted, output[:, 1:-1], output[:, :1], found, masks)]
     overview(path, *volumes, columns=("input", "healed", "anomaly map", "mask"), slices=worst)
     return worst
+
+
+class GreyLevelMapd(MapTransform):
+    """The map that a control without a diffusion model has: how bright a sequence is, dressed as the network's map is.
+
+    Grey levels, as the network sees them, are smoothed, multiplied by the slice's probability of disease, and set to zero
+    near the rim of the head, where scalp and fat are bright. The result lies upright (RAS); its
+    voxels are the scan's.
+
+    Args:
+        keys: key of the scan (C, H, W, D), in its own unit, with ``meta["intensity_scale"]``.
+        output_key: key of the map (1, H, W, D).
+        channel: the sequence.
+        sigma: standard deviation of the smoothing in mm: in the plane of a slice, and across slices.
+        rim: width of what is set to zero, in mm.
+        probability_key: key of the probability (1, H, W, D).
+        level: grey level, as the network sees it, above which a voxel of any sequence is head.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "image",
+        output_key: str = "control_map",
+        channel: int = 0,
+        sigma: Sequence[float] = (2.0, 5.0),
+        rim: float = 10.0,
+        probability_key: str = "probability",
+        level: float = 0.1,
+    ) -> None:
+        super().__init__(keys)
+        self.output_key, self.channel, self.sigma, self.rim = output_key, channel, tuple(sigma), rim
+        self.probability_key, self.level = probability_key, level
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            scan, probability = upright(d[key]), upright(d[self.probability_key])
+            scales = torch.tensor(d[key].meta["intensity_scale"]).view(-1, 1, 1, 1)
+            grey = (scan.as_tensor().cpu() / scales).clamp(0, 1)
+            spacing = affine_to_spacing(scan.affine, 3).tolist()
+            widths = [self.sigma[axis == 2] / size for axis, size in enumerate(spacing)]
+            bright = GaussianSmooth(widths)(grey[self.channel : self.channel + 1])
+            heads = [ndimage.binary_fill_holes(head) for head in (grey > self.level).any(dim=0).numpy().transpose(2, 0, 1)]
+            inside = np.stack([ndimage.distance_transform_edt(head, sampling=spacing[:2]) > self.rim for head in heads], -1)
+            gated = bright * probability.as_tensor().cpu() * torch.from_numpy(inside)
+            d[self.output_key] = with_meta(torch.as_tensor(gated), like=scan)
+        return d
+
+
+def choose_floor(
+    bundle: Path, results: Path, dataset_dir: str, most_ml: float = 1.0, cap_ml: float = 10.0, section: str = "validation"
+) -> float:
+    """The floor of a mask's threshold (``min_threshold``) that bounds what is found in slices without a lesion.
+
+    By conformal risk control (:func:`scripts.thresholds.risk_controlled`): the loss of a patient is the volume found in
+    lesion-free slices, at most ``cap_ml``. If these patients and the next one are exchangeable, and nothing else was chosen
+    by these, the expected loss of the next one is at most ``most_ml``.
+
+    Args:
+        bundle: folder of the bundle, whose ``threshold``, ``peak_shares`` and ``min_volume`` are taken.
+        results: folder of the maps of an evaluation of that section.
+        dataset_dir: folder of the cases.
+        most_ml: the largest expected loss, in ml a volume.
+        cap_ml: the largest loss of a patient, in ml.
+        section: section of the cases.
+
+    Raises:
+        FileNotFoundError: naming the file, if a case has no map.
+        ValueError: if no floor bounds it so far.
+    """
+    parser = configuration(bundle, "inference")
+    threshold, shares, least = (parser.get_parsed_content(key) for key in ("threshold", "peak_shares", "min_volume"))
+    read = Compose([LoadSequencesd("image", ["map"], allow_empty=True), LoadLabelsd()])
+    remove = RemoveSmallLesions(least)
+    dices, volumes = [], []
+    for case in find_cases(dataset_dir, parser.get_parsed_content("sequences"), section=section):
+        if "label" not in case:
+            continue
+        path = results / case["case"] / f"{case['case']}_map.nii.gz"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; make it by an evaluation with --section {section}")
+        item = read({"image": str(path), "label": case["label"]})
+        label = upright(item["label"])[0] > 0
+        masks = [upright(remove(MapToMask(threshold, floor, shares)(item["image"])))[0] > 0 for floor in FLOORS]
+        healthy = ~label.flatten(0, 1).any(dim=0)
+        voxel_ml = abs(float(torch.linalg.det(item["image"].affine[:3, :3]))) / 1000
+        dices.append([dice(mask, label) for mask in masks])
+        volumes.append([float(mask[..., healthy].sum()) * voxel_ml for mask in masks])
+    figures = np.mean(dices, axis=0), np.mean(volumes, axis=0)
+    logger.info(f"{len(dices)} patients\n| floor | Dice | ml found in lesion-free slices |\n|---|---|---|")
+    logger.info(
+        "\n".join(f"| {floor:.3f} | {one:.3f} | {ml:.2f} |" for floor, one, ml in zip(FLOORS, *figures, strict=True))
+    )
+    floor = risk_controlled(np.minimum(volumes, cap_ml), FLOORS, most_ml, bound=cap_ml)
+    logger.info(f"min_threshold {floor:g}: an expected {most_ml:g} ml at most, of each patient {cap_ml:g} ml at most")
+    return floor

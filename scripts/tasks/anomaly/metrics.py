@@ -15,10 +15,13 @@ from monai.utils import convert_to_tensor
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from scripts.metrics import CohortMetrics, dice
+from scripts.metrics import CohortMetrics, bootstrap_interval, dice
 from scripts.transforms import upright
 
-__all__ = ["AnomalyMetrics", "BinnedScores"]
+__all__ = ["AnomalyMetrics", "BinnedScores", "ImageMetrics"]
+
+
+BOOTSTRAPPED = ("dice", "slice_dice", "all_slices_dice", "healthy_ml", "control_dice", "control_healthy_ml")
 
 
 class BinnedScores:
@@ -107,7 +110,8 @@ class AnomalyMetrics(CohortMetrics):
     - ``label``: (1, H, W, D) ``MetaTensor``, lesion where above 0, whatever its class;
     - ``pred``: (1, H, W, D), found mask;
     - ``map``: (1, H, W, D), anomaly map, 0 or more;
-    - ``probability``: (1, H, W, D), of disease, constant over a slice, 0 on slices that were skipped; or ``slice_score``.
+    - ``probability``: (1, H, W, D), of disease, constant over a slice, 0 on slices that were skipped; or ``slice_score``;
+    - ``control``, if there is one: (1, H, W, D), mask of a control that is measured beside.
 
     Slices with 1 to ``min_lesion_area - 1`` lesion pixels are neither healthy nor diseased: they count in the voxel
     figures only.
@@ -116,14 +120,18 @@ class AnomalyMetrics(CohortMetrics):
     and ``std``, over the cases that have the figure, come last):
 
     - ``dice``: mask against label; ``best_dice``: largest Dice of the case's map over all thresholds;
-    - ``slice_dice``: mean Dice of slices with at least ``min_lesion_area`` lesion pixels;
+    - ``slice_dice``: mean Dice of slices with at least ``min_lesion_area`` lesion pixels; ``all_slices_dice``: the same of
+      all slices that were not skipped, 1 where there is no lesion and nothing is found;
     - ``auroc``, ``auprc``: of the map over all voxels;
     - ``lesion_mean``: mean map in the lesion; ``healthy_slice_mean``: mean map over slices without lesion;
-    - ``predicted_ml``, ``true_ml``: volumes in millilitres; ``num_slices``: slices that were not skipped.
+    - ``predicted_ml``, ``true_ml``: volumes in millilitres; ``healthy_ml``: of what is found in slices without a lesion;
+      ``num_slices``: slices that were not skipped;
+    - ``control_dice``, ``control_healthy_ml``: the same of the control.
 
     Pooled figures, in ``engine.state.metrics`` and ``metrics_summary.json`` (null where a figure does not exist):
 
-    - ``num_cases``, ``dice_mean``, ``dice_std``;
+    - ``num_cases``, ``dice_mean``, ``dice_std``; of ``dice`` and what else is in :data:`BOOTSTRAPPED`, ``<figure>_mean``,
+      ``<figure>_low`` and ``<figure>_high``: 95 % bootstrap interval over the cases;
     - ``best_dice``, ``best_threshold``: largest Dice with one threshold for all voxels of the cohort;
     - ``auroc``, ``auprc``: of all voxels;
     - ``best_dice_lesion_slices``, ``auroc_lesion_slices``, ``auprc_lesion_slices``: the same of slices with a lesion voxel
@@ -207,20 +215,30 @@ class AnomalyMetrics(CohortMetrics):
             sums += torch.stack([values.sum(), torch.tensor(values.numel())])
 
         voxel_ml = abs(float(torch.linalg.det(case["label"].affine[:3, :3].double()))) / 1000
-        slice_dices = compute_dice(pred[diseased, None], label[diseased, None]) if diseased.any() else torch.empty(0)
-        return {
+        row = {
             "case": name,
             "dice": dice(pred, label),
             "best_dice": voxels.best_dice()[0],
-            "slice_dice": slice_dices.mean().item(),
+            "slice_dice": self._mean_dice(pred[diseased], label[diseased]),
+            "all_slices_dice": self._mean_dice(pred[shown], label[shown]),
             "auroc": voxels.auroc(),
             "auprc": voxels.auprc(),
             "lesion_mean": anomaly[label].mean().item(),
             "healthy_slice_mean": anomaly[healthy].mean().item(),
             "predicted_ml": pred.sum().item() * voxel_ml,
             "true_ml": label.sum().item() * voxel_ml,
+            "healthy_ml": pred[area == 0].sum().item() * voxel_ml,
             "num_slices": shown.sum().item(),
         }
+        if "control" in case:
+            control = self._slices(case["control"]) > 0
+            row["control_dice"] = dice(control, label)
+            row["control_healthy_ml"] = control[area == 0].sum().item() * voxel_ml
+        return row
+
+    def _mean_dice(self, pred: Tensor, label: Tensor) -> float:
+        """Mean Dice of slices (N, pixels); NaN of none."""
+        return compute_dice(pred[:, None], label[:, None], ignore_empty=False).mean().item() if len(pred) else math.nan
 
     def _slices(self, volume: NdarrayOrTensor) -> Tensor:
         """(1, H, W, D) to (slices, pixels of a slice), a plain tensor on the CPU, whatever axes the scan is stored with."""
@@ -231,10 +249,15 @@ class AnomalyMetrics(CohortMetrics):
     def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
         best_dice, best_threshold = self.voxels.best_dice()
         healthy_mean, lesion_mean = self.sums[:, 0] / self.sums[:, 1]
+        intervals = {}
+        for key in (key for key in BOOTSTRAPPED if key in mean):
+            low, high = bootstrap_interval([row[key] for row in self.rows])
+            intervals |= {f"{key}_mean": mean[key], f"{key}_low": low, f"{key}_high": high}
         return {
             "num_cases": len(self.rows),
             "dice_mean": mean["dice"],
             "dice_std": std["dice"],
+            **intervals,
             "best_dice": best_dice,
             "best_threshold": best_threshold,
             "auroc": self.voxels.auroc(),
@@ -246,3 +269,57 @@ class AnomalyMetrics(CohortMetrics):
             "slice_auprc": self.slices.auprc(),
             "healthy_ratio": (healthy_mean / lesion_mean).item(),
         }
+
+
+class ImageMetrics(CohortMetrics):
+    """Ignite handler that writes the evaluation of images that have a class, and no mask: a row an image, and the cohort.
+
+    It reads what :class:`AnomalyMetrics` reads, but for ``class_label``, 0 for healthy and 1 for diseased, in place of
+    ``label``.
+
+    Columns of ``metrics.csv``: ``class_label``; ``probability``, of disease, the largest over the slices; ``map_mean``, mean
+    of the anomaly map; ``found``, share of the voxels that were found.
+
+    Figures of the cohort, in ``engine.state.metrics`` and ``metrics_summary.json`` (null where a figure does not exist):
+    ``num_healthy``, ``num_diseased``; ``auroc``, ``auprc`` of the probability, and ``map_auroc``, ``map_auprc`` of the mean
+    map, of telling the classes apart; ``healthy_ratio``, mean map of healthy images divided by that of diseased ones;
+    ``found_in_healthy``, ``found_in_diseased``, shares of the images in which anything was found.
+
+    Args:
+        output_dir: folder of the two files, made if it is missing.
+        filename: name of the table; the cohort's figures are in ``<its stem>_summary.json``.
+    """
+
+    def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a case.
+
+        Raises:
+            ValueError: if it has no class.
+        """
+        if case.get("class_label") is None:
+            raise ValueError(
+                f"Case {case['case']} has no class to evaluate against: put the images into folders healthy/ and diseased/, "
+                "or run inference only."
+            )
+        return {
+            "case": case["case"],
+            "class_label": int(case["class_label"]),
+            "probability": float(case["probability"].max()),
+            "map_mean": float(case["map"].double().mean()),
+            "found": float((case["pred"] > 0).double().mean()),
+        }
+
+    def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
+        columns = {key: np.array([row[key] for row in self.rows], dtype=float) for key in list(self.rows[0])[1:]}
+        diseased = columns["class_label"] > 0
+        both = 0 < diseased.sum() < len(diseased)
+        figures = {"num_healthy": int((~diseased).sum()), "num_diseased": int(diseased.sum())}
+        for prefix, key in (("", "probability"), ("map_", "map_mean")):
+            for name, measure in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+                figures[prefix + name] = float(measure(diseased, columns[key])) if both else math.nan
+        figures["healthy_ratio"] = math.nan
+        if both and columns["map_mean"][diseased].mean() > 0:
+            figures["healthy_ratio"] = float(columns["map_mean"][~diseased].mean() / columns["map_mean"][diseased].mean())
+        for name, members in (("found_in_healthy", ~diseased), ("found_in_diseased", diseased)):
+            figures[name] = float((columns["found"][members] > 0).mean()) if members.any() else math.nan
+        return figures

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_patient
+from monai.data import MetaTensor
 from PIL import Image
 from torch import nn
 
 from scripts import speed
+from scripts.networks.ddim_anomaly import DDIMAnomalyNet
 from scripts.networks.latent_anomaly import LatentAnomalyNet
 from scripts.tasks.anomaly import benchmark
 
@@ -167,3 +169,99 @@ def test_the_benchmark_sets_the_published_settings_of_the_network_against_the_de
     assert built[1][1].sizes[:12] == [1] * 12
     assert len({row["best_dice"] for row in rows}) == 1 and rows[0]["best_dice"] > 0.5
     assert all(text in caplog.text for text in ("published: num_steps 7", "12 slice(s)", "Dice (Otsu)"))
+
+
+# --- the published procedure beside the default
+
+
+@pytest.fixture
+def labelled(monkeypatch):
+    """Cases a and b of ten slices, the lesion in the middle four (of a) or two (of b), in place of what a bundle reads."""
+    cases = []
+    for name, diseased in (("a", range(3, 7)), ("b", range(4, 6))):
+        case = []
+        for i in range(10):
+            label = torch.zeros(1, 16, 16)
+            if i in diseased:
+                label[:, 4:10, 4:10] = 1
+            image = torch.full((1, 16, 16), 0.5) + 0.3 * label
+            case.append({"case": name, "slice": i, "class_label": int(i in diseased), "image": image, "label": label})
+        cases.append(case)
+    monkeypatch.setattr(benchmark, "labelled_slices", lambda *args: iter(cases))
+
+
+def test_slices_are_spread_over_patients_and_halves_of_each(labelled):
+    items = benchmark.spread_slices(None, "", "test", 8)
+    assert [item["case"] for item in items] == ["a", "b"] * 4
+    of = {name: [(i["slice"], i["class_label"]) for i in items if i["case"] == name] for name in "ab"}
+    assert of["a"] == [(4, 1), (1, 0), (6, 1), (8, 0)] and of["b"] == [(4, 1), (2, 0), (5, 1), (8, 0)]
+    many = benchmark.spread_slices(None, "", "test", 18)  # more than half of them are healthy
+    assert len({(i["case"], i["slice"]) for i in many}) == 18 and sum(i["class_label"] for i in many) == 6
+    for number in (1, 21):
+        with pytest.raises(ValueError, match=f"{number} slices can't be spread over 2 patients with 20 slices"):
+            benchmark.spread_slices(None, "", "test", number)
+
+
+class Healer(nn.Module):
+    """Heals what is brighter than 0.7, and half of the difference to 0.5 if it is the published procedure."""
+
+    published = {"half": True}
+
+    def __init__(self, half=False):
+        super().__init__()
+        self.half, self.bias, self.seen = half, nn.Parameter(torch.zeros(())), 0
+
+    def anomaly_map(self, image, healthy):
+        return (image - healthy).clamp(min=0).sum(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def forward(self, image):
+        self.seen += len(image)
+        healthy = torch.where(image > 0.7, 0.65 if self.half else 0.5, image)
+        return torch.cat([self.anomaly_map(image, healthy), healthy, torch.ones_like(image)], dim=1)
+
+
+def test_what_was_kept_of_the_comparison_is_not_computed_again_unless_the_settings_changed(
+    labelled, bundle, tmp_path, monkeypatch
+):
+    networks = []
+    monkeypatch.setattr(benchmark, "build_network", lambda bundle, **kw: networks.append(Healer(**kw)) or networks[-1])
+    rows = benchmark.compare_with_published(bundle, "", tmp_path, 8, "test")
+    methods = [f"{one}, {other}" for one in ("published", "default") for other in ("paper's map", "bundle's map")]
+    assert [row["method"] for row in rows] == methods
+    assert all(row["auroc"] == 1 for row in rows)
+    assert all(row["slice_dice"] == row["all_slices_dice"] == row["slice_dice_low"] == 1 for row in rows[1::2])
+    assert [network.seen for network in networks] == [0, 8, 8]
+    assert len(list((tmp_path / "published").glob("*.pt"))) == 8
+
+    (tmp_path / "default" / "a_4.pt").unlink()
+    assert benchmark.compare_with_published(bundle, "", tmp_path, 8, "test") == rows
+    assert [network.seen for network in networks[3:]] == [0, 1]
+    items = benchmark.spread_slices(None, "", "test", 8)
+    outputs = benchmark.kept_outputs(bundle, items, tmp_path / "published", {"half": False})
+    assert networks[-1].seen == 8 and outputs.shape == (8, 3, 16, 16)
+
+
+def test_the_baseline_dresses_grey_levels_as_the_map_and_calls_the_classifier_alone(bundle, tmp_path, monkeypatch):
+    save_patient(tmp_path, "p1", num_slices=3)
+    unet_calls = []
+    monkeypatch.setattr(DDIMAnomalyNet, "encode", lambda *args: unet_calls.append(args))
+    (case,) = benchmark.cases_without_diffusion(bundle, str(tmp_path), "all")
+    assert not unet_calls and not case["map"].any()
+    assert case["control_map"].shape == case["label"].shape == case["probability"].shape
+    assert case["control"].dtype == torch.uint8
+
+
+def test_both_thresholds_on_grey_levels_are_chosen_on_validation_and_used_on_test(labelled, bundle, monkeypatch):
+    def dressed(bundle, dataset_dir, section):
+        label = MetaTensor(torch.zeros(1, 16, 16, 8), affine=torch.diag(torch.tensor([2.0, 2, 5, 1], dtype=torch.float64)))
+        label[:, 4:10, 4:10, 2:4] = 1
+        grey = 0.2 + 0.5 * label
+        grey[:, 12, 12, 2] = 0.8  # too small to be a finding
+        grey[:, 10:14, 10:14, 6:] = 0.6 if section == "validation" else 0.4
+        yield {"control_map": grey, "label": label}
+
+    monkeypatch.setattr(benchmark, "cases_without_diffusion", dressed)
+    found = benchmark.grey_level_baseline(bundle, "", 0)
+    assert found["plain"] == pytest.approx(1) and found["control"] == pytest.approx(1)
+    assert 0.6 <= found["control_threshold"] < 0.7

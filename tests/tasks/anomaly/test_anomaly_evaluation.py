@@ -6,15 +6,24 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of
+from conftest import rows_of, save_nifti
 from matplotlib.image import imread
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+from monai.transforms import Orientation
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
 from scripts.metrics import dice
 from scripts.tasks.anomaly import evaluation
-from scripts.tasks.anomaly.evaluation import healthy_images, paint_sprites, sprite_scores, sprite_table, worst_cases
+from scripts.tasks.anomaly.evaluation import (
+    GreyLevelMapd,
+    healthy_images,
+    paint_sprites,
+    sprite_scores,
+    sprite_table,
+    worst_cases,
+)
 
 FIGURES = ["best_dice", "best_threshold", "auprc", "auroc", "image_auroc", "image_auprc", "seconds"]
 
@@ -259,3 +268,72 @@ def test_a_configuration_runs_the_whole_table(tmp_path):
         "metrics_summary.json",
         "worst_cases.png",
     ]
+
+
+# --- GreyLevelMapd
+
+
+def control_item(axcodes="RAS"):
+    """A head of 40 x 40 voxels (2 x 2 x 5 mm, grey 0.4 of 1000) with a bright spot inside and one at the rim."""
+    scan = torch.zeros(2, 48, 48, 3)
+    scan[:, 4:44, 4:44] = 400
+    scan[1, 22:26, 22:26] = scan[1, 4:8, 22:26] = 900
+    meta = {"intensity_scale": [1000.0, 1000.0]}
+    affine = torch.diag(torch.tensor([2.0, 2, 5, 1], dtype=torch.float64))
+    image = Orientation(axcodes=axcodes, labels=None)(MetaTensor(scan, affine=affine, meta=meta))
+    probability = torch.zeros(1, 48, 48, 3)
+    probability[..., 1] = 1.0
+    return {"image": image, "probability": Orientation(axcodes=axcodes, labels=None)(MetaTensor(probability, affine=affine))}
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPI", "ASL"])
+def test_the_controls_map_is_the_grey_level_inside_the_rim_where_the_classifier_sees_disease(axcodes):
+    control = GreyLevelMapd("image", channel=1, sigma=(0.0, 0.0), rim=10.0)(control_item(axcodes))["control_map"]
+    assert control.shape == (1, 48, 48, 3) and not control[..., [0, 2]].any()
+    assert control[0, 22:26, 22:26, 1].unique().tolist() == pytest.approx([0.9])
+    inside = torch.zeros(48, 48, dtype=torch.bool)
+    inside[9:39, 9:39] = True  # 10 mm are 5 voxels, and the rim ends at the middle of the last
+    assert torch.equal(control[0, ..., 1] > 0, inside)
+
+
+def test_the_controls_map_is_smoothed_in_millimetres():
+    control = GreyLevelMapd("image", channel=1, sigma=(4.0, 0.0), rim=0.0)(control_item())["control_map"]
+    assert 0.4 < control[0, 24, 24, 1] < 0.8
+    across = GreyLevelMapd("image", channel=1, sigma=(0.0, 5.0), rim=0.0)(control_item())["control_map"]
+    assert across[0, 24, 24, 1] == pytest.approx(0.9 * 0.8664, rel=1e-3)  # of a Gaussian, within 1.5 standard deviations
+
+
+# --- choose_floor
+
+
+def made_results(folder, peaks):
+    """Maps of patients with a lesion of height 1 in slice 0 and a false finding, of 0.8 ml and given height, in slice 4."""
+    for i, peak in enumerate(peaks):
+        shape, name = (16, 16, 6), f"p{i}"
+        anomaly, label = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
+        label[2:8, 2:8, 0] = 1
+        anomaly[2:8, 2:8, 0] = 0.3
+        anomaly[4:10, 4:10, 4] = peak  # 36 voxels of 20 mm³
+        for sequence in ("t1", "flair", "t1ce"):
+            save_nifti(folder / "scans" / name / f"{name}_{sequence}.nii.gz", np.full(shape, 90, np.uint8))
+        save_nifti(folder / "scans" / name / f"{name}_seg.nii.gz", label)
+        save_nifti(folder / "results" / name / f"{name}_map.nii.gz", anomaly)
+    return folder / "results", str(folder / "scans")
+
+
+def test_the_floor_is_the_smallest_that_bounds_what_is_found_in_healthy_slices(bundle, tmp_path):
+    peaks = [0.02, 0.05, 0.09, 0.12, 0.19, 0.0, 0.0, 0.0, 0.0]
+    paths = made_results(tmp_path, peaks)
+    # the false findings are above a quarter of the peak, but not joined to what is above half of it but for the fifth's
+    found = evaluation.choose_floor(bundle, *paths, most_ml=0.2, cap_ml=1.0, section="all")
+    assert found == pytest.approx(0.01)  # (0.72 + 1) / 10
+    assert evaluation.choose_floor(bundle, *paths, most_ml=0.15, cap_ml=1.0, section="all") == pytest.approx(0.19)
+    with pytest.raises(ValueError, match="9 patients allow 0.1 at least"):
+        evaluation.choose_floor(bundle, *paths, most_ml=0.05, cap_ml=1.0, section="all")
+
+
+def test_a_case_without_a_map_is_named_with_the_mend(bundle, tmp_path):
+    results, scans = made_results(tmp_path, [0.1])
+    (results / "p0" / "p0_map.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="p0_map.nii.gz.*evaluation with --section all"):
+        evaluation.choose_floor(bundle, results, scans, section="all")

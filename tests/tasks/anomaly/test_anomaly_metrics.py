@@ -12,7 +12,8 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores
+from scripts.metrics import bootstrap_interval
+from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores, ImageMetrics
 
 AFFINE = torch.diag(torch.tensor([-1.0, 2.0, 5.0, 1.0], dtype=torch.float64))  # voxels of 10 mm³, mirrored
 
@@ -313,3 +314,60 @@ def test_the_files_are_whole_under_their_names_and_nothing_else_is_left(tmp_path
         evaluate([make_case("case", 0)], folder)
     assert sorted(path.name for path in folder.iterdir()) == ["here_files.csv", "metrics.csv", "metrics_summary.json"]
     assert "healthy_ratio" in caplog.text
+
+
+def image_case(name, class_label, probability, level, found=0.0):
+    volumes = {"map": torch.full((1, 4, 4, 1), level), "probability": torch.full((1, 4, 4, 1), probability)}
+    pred = torch.zeros(1, 4, 4, 1)
+    pred.view(-1)[: int(16 * found)] = 1
+    return {"case": name, "class_label": class_label, "pred": pred, **volumes}
+
+
+def test_images_with_a_class_and_no_mask_are_told_apart_by_probability_and_map(tmp_path):
+    cases = [image_case("a", 0, 0.1, 0.01), image_case("b", 0, 0.6, 0.03, 0.25), image_case("c", 1, 0.5, 0.2, 0.5)]
+    metrics = ImageMetrics(tmp_path)
+    metrics.rows = [metrics._evaluate(case) for case in cases]
+    figures = metrics._summarise({}, {})
+    assert (figures["num_healthy"], figures["num_diseased"]) == (2, 1)
+    assert figures["auroc"] == 0.5 and figures["map_auroc"] == 1
+    assert figures["healthy_ratio"] == pytest.approx(0.1)
+    assert figures["found_in_healthy"] == 0.5 and figures["found_in_diseased"] == 1 and metrics.rows[1]["found"] == 0.25
+    metrics.rows = metrics.rows[:2]
+    assert all(math.isnan(metrics._summarise({}, {})[key]) for key in ("auroc", "map_auprc", "healthy_ratio"))
+
+
+def test_an_image_without_a_class_is_named_with_the_mend(tmp_path):
+    with pytest.raises(ValueError, match="Case a has no class.*healthy/ and diseased/"):
+        ImageMetrics(tmp_path)._evaluate({"case": "a"})
+
+
+def test_the_control_and_what_is_found_in_slices_without_a_lesion_are_measured_as_the_mask_is(tmp_path):
+    case = make_case("a", 0)
+    case["control"] = MetaTensor((case["label"] > 0).float(), affine=AFFINE)
+    case["control"][0, 0, 0, 1] = 1
+    rows, figures, _ = evaluate([case], tmp_path)
+    label, pred = case["label"][0].numpy() > 0, case["pred"][0].numpy() > 0
+    healthy = ~label.any(axis=(0, 1))
+    assert rows["a"]["healthy_ml"] == pytest.approx(pred[..., healthy].sum() * 0.01)
+    assert rows["a"]["control_healthy_ml"] == pytest.approx(0.01)
+    assert rows["a"]["control_dice"] == pytest.approx(raw_dice(case["control"][0].numpy() > 0, label))
+    slices = [raw_dice(pred[..., i], label[..., i]) for i in range(1, 7)]
+    assert rows["a"]["all_slices_dice"] == pytest.approx(np.mean(slices), abs=1e-6)
+    assert figures["control_dice_mean"] == rows["a"]["control_dice"]
+
+
+def test_a_healthy_slice_where_nothing_is_found_has_a_dice_of_one_among_all_slices(tmp_path):
+    case = make_case("a", 0, lesion=False)
+    case["pred"] = torch.zeros_like(case["pred"])
+    case["pred"][0, 0, 0, 1] = 1
+    rows, _, _ = evaluate([case], tmp_path)
+    assert rows["a"]["all_slices_dice"] == pytest.approx(5 / 6) and math.isnan(rows["a"]["slice_dice"])
+
+
+def test_figures_of_the_cohort_have_intervals_over_the_cases(tmp_path):
+    cases = [make_case(str(seed), seed) for seed in range(4)]
+    rows, figures, _ = evaluate(cases, tmp_path)
+    dices = [rows[case["case"]]["dice"] for case in cases]
+    assert (figures["dice_low"], figures["dice_high"]) == pytest.approx(bootstrap_interval(dices))
+    assert min(dices) <= figures["dice_low"] < figures["dice_mean"] < figures["dice_high"] <= max(dices)
+    assert "control_dice_mean" not in figures

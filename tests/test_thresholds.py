@@ -1,0 +1,49 @@
+"""Tests of the threshold that patients set."""
+
+import numpy as np
+import pytest
+
+from scripts.thresholds import risk_controlled
+
+THRESHOLDS = np.linspace(0, 5, 501)
+
+
+def losses_of(patients, rng):
+    """Losses of simulated patients, exchangeable but with a level of the hospital in common: falling steps in [0, 1]."""
+    hospital = rng.uniform(0.5, 1.5)
+    largest = hospital * rng.gamma(1.0, 0.15, size=(patients, 5))  # the map's peak in each of five healthy slices
+    return (largest[:, :, None] > THRESHOLDS).mean(axis=1)
+
+
+@pytest.mark.parametrize("risk", [0.1, 0.3])
+@pytest.mark.parametrize("patients", [15, 30])
+def test_the_risk_of_the_next_patient_is_controlled(patients, risk):
+    rng = np.random.default_rng(0)
+    trials = [losses_of(patients + 1, rng) for _ in range(4000)]
+    met = [x[-1, np.searchsorted(THRESHOLDS, risk_controlled(x[:-1], THRESHOLDS, risk))] for x in trials]
+    error = np.std(met) / len(met) ** 0.5
+    assert np.mean(met) < risk + 3 * error
+    assert np.mean(met) > risk - 1 / (patients + 1) - 0.05  # and is not needlessly small
+
+
+def test_the_threshold_is_the_smallest_that_leaves_room_for_one_patient_of_the_largest_loss():
+    losses = np.array([[3.0, 2.0, 1.0, 0.0]] * 4)
+    assert risk_controlled(losses, [0.1, 0.2, 0.3, 0.4], risk=1.4, bound=3.0) == 0.3  # (4 + 3) / 5
+    assert risk_controlled(losses, [0.1, 0.2, 0.3, 0.4], risk=1.39, bound=3.0) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("losses", "thresholds", "risk", "told"),
+    [
+        ([[1.0, 0.0]] * 8, [0.1, 0.2], 0.1, "8 patients allow 0.111 at least"),
+        ([[0.0, 1.0]], [0.1, 0.2], 0.9, "fall with the threshold"),
+        ([[2.0, 0.0]], [0.1, 0.2], 0.9, "in 0 ... 1"),
+        ([[np.nan, 0.0]], [0.1, 0.2], 0.9, "in 0 ... 1"),
+        ([[1.0, 0.0]], [0.2, 0.1], 0.9, "rising threshold"),
+        ([[1.0, 0.0]], [0.2], 0.9, "rising threshold"),
+        (np.zeros((0, 1)), [0.2], 0.9, "for each patient"),
+    ],
+)
+def test_what_can_not_be_controlled_is_refused(losses, thresholds, risk, told):
+    with pytest.raises(ValueError, match=told):
+        risk_controlled(np.array(losses), thresholds, risk)
