@@ -17,6 +17,8 @@ BASIC = (
     "scripts.grids",
     "scripts.thresholds",
     "scripts.samplers",
+    "scripts.noise",
+    "scripts.corruptions",
     "scripts.losses",
     "scripts.precision",
     "scripts.files",
