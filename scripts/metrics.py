@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from monai.metrics import compute_dice
 
 from scripts.files import check_own, own_file
 
-__all__ = ["CohortMetrics", "dice"]
+__all__ = ["CohortMetrics", "bootstrap_interval", "dice"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,28 @@ def dice(pred: NdarrayOrTensor, label: NdarrayOrTensor) -> float:
     if masks[0].shape != masks[1].shape:
         raise ValueError(f"Masks of one shape are needed, got {tuple(masks[0].shape)} and {tuple(masks[1].shape)}.")
     return compute_dice(*(mask[None, None] for mask in masks), ignore_empty=False).item()
+
+
+def bootstrap_interval(
+    values: Sequence[float], share: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean over patients, by drawing them with replacement (percentile bootstrap, Efron 1979).
+
+    Args:
+        values: a figure of each patient; NaN where one has none, who is left out.
+        share: of the means of the draws that lie in the interval.
+        draws: how often as many patients are drawn as there are.
+        seed: of the draws.
+
+    Returns:
+        lower and upper end; NaN without a patient.
+    """
+    known = np.array([value for value in values if not math.isnan(value)])
+    if not known.size:
+        return math.nan, math.nan
+    means = known[np.random.default_rng(seed).integers(known.size, size=(draws, known.size))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
 
 
 class CohortMetrics:

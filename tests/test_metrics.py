@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from scripts.metrics import dice
+from scripts.metrics import bootstrap_interval, dice
 
 
 def test_dice_is_twice_the_overlap_over_both_sizes():
@@ -23,3 +25,13 @@ def test_dice_of_two_empty_masks_is_one_and_of_one_empty_mask_zero():
 def test_dice_refuses_masks_of_two_shapes():
     with pytest.raises(ValueError, match=r"\(4,\) and \(1,\)"):
         dice(np.ones(4), np.ones(1))
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean_over_patients():
+    values = np.random.default_rng(0).normal(0.6, 0.1, 400)
+    low, high = bootstrap_interval(values)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.002)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+    assert bootstrap_interval([*values, math.nan]) == (low, high) == bootstrap_interval(values)
+    assert bootstrap_interval([0.5]) == (0.5, 0.5)
+    assert all(map(math.isnan, bootstrap_interval([math.nan])))
