@@ -22,6 +22,7 @@ from scripts.release.report import report as write_report
 from scripts.release.verify import run_inference
 from scripts.release.verify import verify as faults_of
 from scripts.tasks.anomaly.benchmark import compare_with_published, grey_level_baseline, tune
+from scripts.tasks.anomaly.comparison import Method, compare_methods, methods_of
 from scripts.tasks.anomaly.evaluation import choose_floor
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
@@ -203,6 +204,35 @@ def compare_cines(
     locate(evaluation["comparison"])(folders, output / "comparison.csv")
 
 
+def compare(
+    *names: str,
+    dataset_dir: str,
+    output_dir: str,
+    most_false_ml: float = 5.0,
+    section: str = "test",
+    also: str | None = None,
+) -> None:
+    """Compare all bundles that find anomalies in brain MRI, and the controls beside them, by one rule on the same patients.
+
+    Args:
+        names: bundles; all of the kind if none is named.
+        dataset_dir: folder of labelled cases.
+        output_dir: folder for the results of each method, and for the comparison's table and picture.
+        most_false_ml: millilitres a volume that may be found falsely in lesion-free slices of the validation patients, by
+            which the threshold of each method is chosen.
+        section: section to measure on.
+        also: JSON file with further methods by their names, each with ``bundle``, and ``configs`` and ``settings`` if it has
+            other than the bundle itself, such as weights of a training of your own.
+    """
+    methods = methods_of(_bundles(*names))
+    if also:
+        for name, about in json.loads(Path(also).read_text(encoding="utf-8")).items():
+            methods[name] = Method(_bundle(about["bundle"]), tuple(about.get("configs", ())), about.get("settings", {}))
+    if not methods:
+        sys.exit("none of the bundles finds anomalies in brain MRI")
+    compare_methods(methods, str(dataset_dir), str(output_dir), most_false_ml, section)
+
+
 def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings: object) -> None:
     """Measure the slices that a bundle is trained on, and write what is usual of them to its models/fingerprint.json.
 
@@ -296,9 +326,10 @@ def main() -> None:
             "benchmark": run_benchmark,
             "tune": run_tune,
             "baseline": run_baseline,
-            "compare_cines": compare_cines,
             "published": run_published,
             "floor": run_floor,
+            "compare": compare,
+            "compare_cines": compare_cines,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -31,8 +32,10 @@ __all__ = [
     "dpmpp_2m_sde",
     "draw_noised",
     "for_batch",
+    "from_batch",
     "heun",
     "level_grid",
+    "mean_of_processes",
     "multistep",
     "noise_from_v",
     "noise_image",
@@ -123,8 +126,37 @@ def for_batch(
     return draw(shape, generator=generator, device=generator.device)[rank::world_size].to(device)
 
 
+def from_batch(x: Tensor, number: int) -> Tensor:
+    """Another row of the batch for each row of x, the same one whether one process has the batch or several share it.
+
+    Args:
+        x: this process's share (B, ...) of the batch, every ``world_size``-th row, see :func:`for_batch`.
+        number: any whole number of 0 or more; which partner a row gets depends on it. A batch of one row has no other.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shares = [x]
+    if world_size > 1:
+        shares = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(shares, x.contiguous())
+    batch = torch.stack(shares, dim=1).flatten(0, 1)
+    return batch.roll(1 + number % max(len(batch) - 1, 1), dims=0)[rank::world_size]
+
+
+def mean_of_processes(value: Tensor) -> Tensor:
+    """Mean of a number that each process has one of, without a gradient; of one process its own."""
+    value = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
 def draw_noised(
-    x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator, level_power: float = 1.0
+    x0: Tensor,
+    alphas_cumprod: Tensor,
+    generator: torch.Generator,
+    level_power: float = 1.0,
+    draw_noise: Callable[[Sequence[int], torch.Generator, torch.device], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise each image of a batch to a level of its own, for training.
 
@@ -133,6 +165,7 @@ def draw_noised(
         alphas_cumprod: table with one entry a level, entry 0 being 1.
         generator: source of the levels and of the noise, see :func:`for_batch`.
         level_power: levels are T·u^level_power, u uniform, rounded up; above 1 the lower ones come more often.
+        draw_noise: one of :data:`scripts.noise.NOISES`; None for white noise.
 
     Returns:
         noised images (B, ...), their levels (B,) from 1 to T, and the noise (B, ...).
@@ -140,7 +173,7 @@ def draw_noised(
     num_levels = len(alphas_cumprod) - 1
     u = for_batch(torch.rand, (len(x0),), generator, x0.device)
     t = 1 + (num_levels * u**level_power).long().clamp(max=num_levels - 1)
-    noise = for_batch(torch.randn, x0.shape, generator, x0.device)
+    noise = (draw_noise or partial(for_batch, torch.randn))(x0.shape, generator, x0.device)
     a = alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
     return noise_image(x0, noise, a), t, noise
 

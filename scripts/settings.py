@@ -27,7 +27,7 @@ TEXTS = {
 }  # as JSON writes them; the command line of Python takes True, False, None
 EXPRESSIONS = ("$", "@", "%")
 # what MONAI reads itself, and what evaluation names for the command line
-READ_BY_OTHERS = {"imports", "initialize", "run", "finalize", "benchmark", "comparison", "methods", "debug"}
+READ_BY_OTHERS = {"imports", "initialize", "run", "finalize", "benchmark", "comparison", "methods", "seen", "debug"}
 READ_BY_OTHERS |= {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
 TEXT_OR_OTHER = {"threshold": (int, float), "amp": (bool,)}  # a word, or a value
 FRACTIONS = {"checkpoint_minutes"}  # whole by default, but need not be

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 
-__all__ = ["otsu", "peak", "risk_controlled"]
+__all__ = ["at_false_positives", "otsu", "peak", "risk_controlled"]
 
 
 def otsu(anomaly_map: np.ndarray, minimum: float = 0.0) -> float:
@@ -71,3 +71,26 @@ def risk_controlled(losses: np.ndarray, thresholds: Sequence[float], risk: float
             "take more patients, or a larger risk"
         )
     return float(thresholds[(controlled <= risk).argmax()])
+
+
+def at_false_positives(healthy: Sequence[np.ndarray], voxel_ml: Sequence[float], most_ml: float) -> float:
+    """Lowest threshold above which no more than so much is found where nothing is, in the mean of the volumes.
+
+    Args:
+        healthy: maps of the places without anomaly, 0 or more, an array of any shape for each volume.
+        voxel_ml: size of a voxel of each volume, in millilitres.
+        most_ml: millilitres a volume that may be found falsely.
+
+    Returns:
+        the threshold, of which "map > threshold" is meant; 0 if less than that is above 0.
+
+    Raises:
+        ValueError: if there is no volume.
+    """
+    if not healthy:
+        raise ValueError("lesion-free slices of one patient or more are needed to choose a threshold by")
+    values = np.concatenate([part[part > 0].ravel() for part in healthy])
+    sizes = np.concatenate([np.full((part > 0).sum(), size) for part, size in zip(healthy, voxel_ml, strict=True)])
+    order = np.argsort(-values, kind="stable")
+    too_many = np.flatnonzero(sizes[order].cumsum() > most_ml * len(healthy) * (1 + 1e-9))
+    return float(values[order[too_many[0]]]) if len(too_many) else 0.0

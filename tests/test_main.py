@@ -12,7 +12,7 @@ from conftest import ROOT, SCHEMA, rows_of, save_patient
 
 from scripts import __main__ as main
 from scripts.tables import write_rows
-from scripts.tasks.motion.evaluation import COLUMNS
+from scripts.tasks.motion.comparison import COLUMNS
 
 NAME = "brain_mri_anomaly_ddim"
 MEASURED = {column for columns, _ in COLUMNS.values() for column in columns}  # of an evaluated cine

@@ -31,7 +31,7 @@ def configurations(bundle: Path) -> list[tuple[str, ...]]:
     """What the bundle's files are run in: inference and training, alone and with every file that goes with them."""
     names = sorted(path.stem for path in (bundle / "configs").glob("*.json") if path.stem != "metadata")
     with_train = [n for n in names if n.startswith(("train_", "multi_gpu_train"))]
-    others = [n for n in names if n.startswith(("evaluate", "multi_gpu_inference"))]
+    others = [n for n in names if n.startswith(("control", "evaluate", "multi_gpu_inference"))]
     return [("inference",), ("train",), *(("train", n) for n in with_train), *(("inference", n) for n in others)]
 
 

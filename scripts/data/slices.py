@@ -48,6 +48,7 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         min_foreground: least share of foreground pixels in a slice, in [0, 1]; 0 keeps every slice.
         min_lesion_area: least number of positive pixels in a diseased slice.
         labelled: look for labels; if not, every slice is healthy, and a mask is ignored.
+        only: class of the slices to keep; None for all.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
@@ -65,6 +66,7 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         min_foreground: float = 0.05,
         min_lesion_area: int = 20,
         labelled: bool = True,
+        only: int | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -76,6 +78,7 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
         self.min_foreground = min_foreground
         self.min_lesion_area = min_lesion_area
         self.labelled = labelled
+        self.kept = (0, 1) if only is None else (only,)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         images = {
@@ -105,7 +108,7 @@ class ExtractSlicesd(MapTransform, MultiSampleTrait):
                 "position": i / max(len(shown) - 1, 1),
             }
             for i in range(len(shown))
-            if shown[i] and classes[i] is not None
+            if shown[i] and classes[i] in self.kept
         ]
 
     def _classes(self, data: Mapping[Hashable, Any], case: Any, num_slices: int) -> list[int | None]:

@@ -1,6 +1,7 @@
-"""What latent diffusion is compared with, on the same rails: a VAE, a transformer, and no model at all.
+"""What the anomaly bundles are compared with, on the same rails: a VAE, a transformer, and no model at all.
 
-The first two are baselines of Pinaya et al. 2022, arXiv 2206.03461.
+The first two are baselines of Pinaya et al. 2022, arXiv 2206.03461. The controls at the end have the weights of the bundle
+that they stand beside, and its settings, and use as much of it as they say.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from monai.utils.ordering import Ordering
 from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
-from scripts.networks.healthy_model import HealthyModel, Mapper, evenness, map_by_healing, reduced
+from scripts.networks.ddim_anomaly import DDIMAnomalyNet
+from scripts.networks.healthy_model import HealthyModel, Mapper, blur, evenness, map_by_healing, reduced
+from scripts.networks.one_step import OneStepNet
 from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import autocast
 from scripts.samplers import for_batch
 
-__all__ = ["DenseVAENet", "EvennessNet", "TransformerAnomalyNet"]
+__all__ = ["BrightNet", "DenseVAENet", "EvennessNet", "SmoothNet", "TransformerAnomalyNet"]
 
 
 class DenseVAENet(HealthyModel):
@@ -213,3 +216,41 @@ class TransformerAnomalyNet(HealthyModel):
         with torch.no_grad():
             tokens = self.autoencoder.tokens(self.autoencoder.encode(image))
         return {"likelihood": self.surprise(tokens).mean()}
+
+
+class BrightNet(DDIMAnomalyNet):
+    """Call bright what is anomalous, in slices that the classifier takes for diseased: no healing.
+
+    The map is one sequence, smoothed, times the slice's probability of disease (``gate``); nothing is healthy or changed.
+
+    Args:
+        bright: number of the sequence.
+        kwargs: arguments of :class:`scripts.networks.ddim_anomaly.DDIMAnomalyNet`.
+    """
+
+    def __init__(self, bright: int = 1, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.bright = bright
+
+    def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, 1, H, W), the slices themselves, and the probability of disease (B,)."""
+        probability = self.probability(image)
+        gate = probability.view(-1, 1, 1, 1) if self.gate else 1
+        return blur(image[:, self.bright : self.bright + 1], self.smoothing) * gate, image, probability
+
+
+class SmoothNet(OneStepNet):
+    """Take the smoothed slice for the healthy one: what a network finds beyond this control, it has learned.
+
+    Args:
+        sigma: standard deviation in pixels of the Gaussian filter.
+        kwargs: arguments of :class:`scripts.networks.one_step.OneStepNet`.
+    """
+
+    def __init__(self, sigma: float = 8.0, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.sigma = sigma
+
+    def heal(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Smoothed slices (B, C, H, W), and that each place may be foreign (ones)."""
+        return blur(image, self.sigma), torch.ones_like(image[:, :1])

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from monai.networks.layers import GaussianFilter
 from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder, DiffusionModelUNet
 from torch import Tensor, nn
 
 from scripts.losses import variational_bound
-from scripts.networks.slice_network import SliceNetwork
+from scripts.networks.slice_network import SliceNetwork, weighted_difference
 from scripts.precision import Amp, arithmetic, autocast
 from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_from_v, noise_image
 
@@ -252,12 +251,7 @@ class DDIMAnomalyNet(SliceNetwork):
 
     def anomaly_map(self, image: Tensor, healthy: Tensor) -> Tensor:
         """Weighted sum of the differences (B, 1, H, W) between slices and their healthy versions, both (B, C, H, W)."""
-        difference = image - healthy
-        difference = difference.clamp(min=0) + self.darker_weight * (-difference).clamp(min=0)
-        anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(self.map_weights)).unsqueeze(1)
-        if self.smoothing > 0:
-            anomaly = GaussianFilter(spatial_dims=2, sigma=self.smoothing).to(image.device)(anomaly)
-        return anomaly
+        return weighted_difference(image, healthy, self.map_weights, self.darker_weight, self.smoothing)
 
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to noised images at level ``noise_level``, without guidance."""

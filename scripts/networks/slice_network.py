@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.networks.layers import GaussianFilter
 from torch import Tensor, nn
 
 from scripts.precision import Amp, check_amp
 from scripts.transforms import has_foreground
 
-__all__ = ["SliceNetwork"]
+__all__ = ["SliceNetwork", "weighted_difference"]
 
 
 class SliceNetwork(nn.Module):
@@ -90,3 +91,24 @@ class SliceNetwork(nn.Module):
     def _draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The same noise for each of the batch x."""
         return torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device).expand_as(x)
+
+
+def weighted_difference(
+    image: Tensor, healthy: Tensor, weights: Sequence[float], darker_weight: float, smoothing: float
+) -> Tensor:
+    """Anomaly map of slices and their healthy versions: the weighted sum of the absolute differences.
+
+    Args:
+        image: slices (B, C, H, W).
+        healthy: their healthy versions, (B, C, H, W).
+        weights: weight of each channel.
+        darker_weight: weight of what is darker than its healthy version, against what is brighter.
+        smoothing: standard deviation in pixels of a Gaussian filter over the map; 0 for none.
+
+    Returns:
+        (B, 1, H, W), 0 or more.
+    """
+    difference = image - healthy
+    difference = difference.clamp(min=0) + darker_weight * (-difference).clamp(min=0)
+    anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(weights)).unsqueeze(1)
+    return GaussianFilter(spatial_dims=2, sigma=smoothing).to(image.device)(anomaly) if smoothing > 0 else anomaly

@@ -12,7 +12,7 @@ from monai.config import NdarrayOrTensor, PathLike
 
 from scripts.figures import LABEL_COLOR, MASK_COLOR, choose_slices, name_axes, save_figure, slices_last
 
-__all__ = ["contrast_figure", "guidance_table_figure", "overview"]
+__all__ = ["contrast_figure", "guidance_table_figure", "methods_figure", "overview"]
 
 
 def overview(
@@ -149,4 +149,51 @@ def contrast_figure(path: PathLike | BinaryIO, rows: Sequence[Mapping[str, float
     axis.set_ylim(0, 1)
     name_axes(axis, "difference in grey level between the sprite and what it covers", "largest Dice")
     axis.legend(fontsize=12)
+    save_figure(figure, path)
+
+
+def methods_figure(
+    path: PathLike | BinaryIO,
+    slices: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    methods: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+) -> None:
+    """What several methods make of the same slices as PNG: a row a method below the slices themselves.
+
+    The maps of a method share one colour scale, whose end is their 99.5th percentile. Axes run to the right and upwards.
+
+    Args:
+        path: file to write, or a binary buffer.
+        slices: heading, grey levels (H, W) and label (H, W) of each slice.
+        methods: by their names, anomaly map (H, W) and mask (H, W) of each slice.
+    """
+    cell = 2.2  # inches
+    figure = Figure(
+        figsize=(cell * len(slices) + 0.6, cell * (len(methods) + 1) + 0.8), dpi=100, layout="compressed", facecolor="black"
+    )
+    axes = figure.subplots(len(methods) + 1, len(slices), squeeze=False)
+    for axis, (heading, picture, _) in zip(axes[0], slices, strict=True):
+        axis.imshow(picture.T, origin="lower", cmap="gray", vmin=0, vmax=np.percentile(picture, 99.8) or 1)
+        axis.set_title(heading, color="white", fontsize=9)
+    for row, (name, results) in zip(axes[1:], methods.items(), strict=True):
+        vmax = np.percentile(np.stack([anomaly for anomaly, _ in results]), 99.5) or 1
+        for axis, (anomaly, mask) in zip(row, results, strict=True):
+            axis.imshow(anomaly.T, origin="lower", cmap="inferno", vmin=0, vmax=vmax)
+            if mask.any() and not mask.all():
+                axis.contour(mask.T > 0, levels=[0.5], colors=MASK_COLOR, linewidths=1)
+        row[0].set_ylabel(name, color="white", fontsize=9)
+    for row in axes:
+        for axis, (_, _, label) in zip(row, slices, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if label.any() and not label.all():
+                axis.contour(label.T > 0, levels=[0.5], colors=LABEL_COLOR, linewidths=1)
+    named = (("mask", MASK_COLOR), ("label", LABEL_COLOR))
+    figure.legend(
+        handles=[Line2D([], [], color=color, label=name) for name, color in named],
+        loc="outside lower right",
+        ncols=2,
+        labelcolor="white",
+        facecolor="black",
+    )
     save_figure(figure, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,17 @@ from monai.config import NdarrayOrTensor, PathLike
 from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.utils import convert_to_tensor
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from scripts.metrics import CohortMetrics, bootstrap_interval, dice
 from scripts.transforms import upright
 
-__all__ = ["AnomalyMetrics", "BinnedScores", "ImageMetrics"]
-
-
 BOOTSTRAPPED = ("dice", "slice_dice", "all_slices_dice", "healthy_ml", "control_dice", "control_healthy_ml")
+__all__ = ["SIZES", "AnomalyMetrics", "BinnedScores", "ImageMetrics", "cohort_figures", "lesions_found"]
+
+SIZES = {"below 1 ml": (0.0, 1.0), "1 to 10 ml": (1.0, 10.0), "above 10 ml": (10.0, math.inf)}  # of lesions
 
 
 class BinnedScores:
@@ -98,6 +99,80 @@ class BinnedScores:
         above = self.counts.sum(axis=1, keepdims=True) - self.counts.cumsum(axis=1)
         size = above.sum(axis=0) + positives
         return np.where(size > 0, 2 * above[1] / np.maximum(size, 1), 1.0)
+
+
+def lesions_found(
+    pred: np.ndarray, label: np.ndarray, voxel_ml: float, least_share: float = 0.1
+) -> list[tuple[float, bool]]:
+    """Size of every lesion of a volume in millilitres, and whether it was found: at least so much of it.
+
+    Args:
+        pred: found mask, bool (H, W, D).
+        label: true mask, bool (H, W, D); a lesion is what hangs together in it, by corners too.
+        voxel_ml: size of a voxel in millilitres.
+        least_share: share of a lesion's voxels in the found mask, from which it counts as found.
+    """
+    lesions, number = ndimage.label(label, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(lesions.ravel(), minlength=number + 1)[1:]
+    found = np.bincount(lesions[pred], minlength=number + 1)[1:]
+    return [(float(size * voxel_ml), bool(part >= least_share * size)) for size, part in zip(sizes, found, strict=True)]
+
+
+def cohort_figures(
+    maps: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    truth: Sequence[tuple[np.ndarray, float]],
+) -> dict[str, Any]:
+    """Figures of a method over all slices of a labelled cohort.
+
+    Args:
+        maps: anomaly map of each case, (H, W, D), axial slices last, 0 or more.
+        masks: what is found by a threshold, bool (H, W, D).
+        own: the method's own mask, bool (H, W, D).
+        truth: of each case the true mask, bool (H, W, D), and the size of a voxel in millilitres.
+
+    Returns:
+        ``dice`` of the masks, mean over the cases, with its bootstrap interval (``dice_from``, ``dice_to``); the same of
+        ``own_dice``; ``recall <size>``: share of the lesions of a size that are found, see :func:`lesions_found`;
+        ``best_dice`` and ``auprc`` of all voxels together; ``slice_auroc`` of the largest value of the map in a slice
+        against "shows a lesion"; ``false_ml`` and ``own_false_ml``: found in lesion-free slices, millilitres a case;
+        and ``cases``, a row of each.
+    """
+    pooled = BinnedScores(value_range=(0.0, max(float(max(anomaly.max() for anomaly in maps)), 1e-6)))
+    rows, lesions, scores, ill = [], [], [], []
+    for anomaly, mask, found, (label, voxel_ml) in zip(maps, masks, own, truth, strict=True):
+        pooled.add(anomaly, label)
+        lesions += lesions_found(mask, label, voxel_ml)
+        scores += anomaly.max(axis=(0, 1)).tolist()
+        shows = label.any(axis=(0, 1))
+        ill += shows.tolist()
+        rows.append(
+            {
+                "dice": dice(mask, label),
+                "own_dice": dice(found, label),
+                "false_ml": float(mask[..., ~shows].sum() * voxel_ml),
+                "own_false_ml": float(found[..., ~shows].sum() * voxel_ml),
+                "found_ml": float(mask.sum() * voxel_ml),
+                "true_ml": float(label.sum() * voxel_ml),
+            }
+        )
+    figures = {}
+    for key in ("dice", "own_dice"):
+        values = [row[key] for row in rows]
+        low, high = bootstrap_interval(values)
+        figures |= {key: float(np.mean(values)), f"{key}_from": low, f"{key}_to": high}
+    for size, (least, most) in SIZES.items():
+        hits = [hit for volume, hit in lesions if least <= volume < most]
+        figures[f"recall {size}"] = float(np.mean(hits)) if hits else math.nan
+    return {
+        **figures,
+        "best_dice": pooled.best_dice()[0],
+        "auprc": pooled.auprc(),
+        "slice_auroc": float(roc_auc_score(ill, scores)) if 0 < sum(ill) < len(ill) else math.nan,
+        **{key: float(np.mean([row[key] for row in rows])) for key in ("false_ml", "own_false_ml")},
+        "cases": rows,
+    }
 
 
 class AnomalyMetrics(CohortMetrics):

@@ -13,7 +13,7 @@ from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from scripts.metrics import bootstrap_interval
-from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores, ImageMetrics
+from scripts.tasks.anomaly.metrics import AnomalyMetrics, BinnedScores, ImageMetrics, cohort_figures, lesions_found
 
 AFFINE = torch.diag(torch.tensor([-1.0, 2.0, 5.0, 1.0], dtype=torch.float64))  # voxels of 10 mm³, mirrored
 
@@ -371,3 +371,26 @@ def test_figures_of_the_cohort_have_intervals_over_the_cases(tmp_path):
     assert (figures["dice_low"], figures["dice_high"]) == pytest.approx(bootstrap_interval(dices))
     assert min(dices) <= figures["dice_low"] < figures["dice_mean"] < figures["dice_high"] <= max(dices)
     assert "control_dice_mean" not in figures
+
+
+def test_a_lesion_is_found_by_a_tenth_of_it_and_lesions_that_touch_at_a_corner_are_one():
+    label, pred = np.zeros((12, 12, 4), bool), np.zeros((12, 12, 4), bool)
+    label[0:2, 0:2, 0] = label[2, 2, 1] = True  # one lesion of 5 voxels
+    label[5:10, 5:9, 2] = True  # of 20
+    pred[0, 0, 0] = pred[5, 5, 2] = pred[11, 11, 3] = True
+    assert lesions_found(pred, label, 0.02) == [(pytest.approx(0.1), True), (pytest.approx(0.4), False)]
+    assert lesions_found(~label, np.zeros_like(label), 1.0) == []
+
+
+def test_figures_of_a_cohort_count_every_slice_and_lesion():
+    label = np.zeros((10, 10, 3), bool)
+    label[2:6, 2:7, 1] = True  # 20 voxels of 0.1 ml
+    anomaly = label * 0.8
+    anomaly[0, 0, 0] = 0.5
+    figures = cohort_figures([anomaly] * 2, [anomaly > 0.4] * 2, [anomaly > 0.6, anomaly > 0.9], [(label, 0.1)] * 2)
+    assert figures["dice"] == figures["dice_from"] == figures["dice_to"] == pytest.approx(40 / 41)
+    assert figures["own_dice"] == 0.5 and figures["own_dice_from"] == 0 and figures["own_dice_to"] == 1
+    assert figures["recall 1 to 10 ml"] == 1 and np.isnan(figures["recall above 10 ml"])
+    assert figures["best_dice"] == figures["auprc"] == figures["slice_auroc"] == 1
+    assert figures["false_ml"] == pytest.approx(0.1) and figures["own_false_ml"] == 0
+    assert [row["found_ml"] for row in figures["cases"]] == pytest.approx([2.1, 2.1])

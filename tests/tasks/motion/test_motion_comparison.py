@@ -6,7 +6,7 @@ import pytest
 from conftest import rows_of
 
 from scripts.tables import write_rows
-from scripts.tasks.motion.evaluation import COLUMNS, compare_cines
+from scripts.tasks.motion.comparison import COLUMNS, compare_cines
 
 MEASURED = {column for columns, _ in COLUMNS.values() for column in columns}
 

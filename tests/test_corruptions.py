@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import torch
+
+from scripts.corruptions import foreign_content, inside_of_head, random_blobs
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def heads(number=64, size=64):
+    x, y = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    head = ((x / 0.7) ** 2 + (y / 0.85) ** 2 < 1).float()
+    head[28:36, 28:36] = 0.0  # dark inside, as ventricles are
+    return head * (0.4 + 0.05 * torch.rand(number, 3, size, size, generator=seeded(9)))
+
+
+def test_the_inside_of_a_head_has_its_holes_and_not_its_rim():
+    inside = inside_of_head(heads(1))[0, 0]
+    assert inside[32, 32] and not inside[32, 5] and not inside[9, 32]
+    assert 0.6 < inside.sum() / (heads(1)[0, 0] > 0.1).sum() < 1.1
+
+
+def test_blobs_are_soft_and_inside_and_of_all_sizes_and_some_slices_have_none():
+    inside = inside_of_head(heads())
+    masks = random_blobs(inside, seeded())
+    assert masks.shape == (64, 1, 64, 64) and masks.min() == 0 and masks.max() == 1
+    assert not masks[~inside].any()
+    area = (masks > 0.5).flatten(1).sum(dim=1)
+    assert (area == 0).any() and ((area > 0) & (area < 40)).any() and (area > 400).any()
+    assert ((masks > 0.1) & (masks < 0.9)).sum() > 0.05 * (masks > 0.1).sum()
+
+
+def test_a_slice_without_any_place_for_a_blob_gets_none():
+    assert not random_blobs(torch.zeros(4, 1, 64, 64, dtype=torch.bool), seeded()).any()
+
+
+def test_foreign_content_is_brighter_or_darker_in_each_channel_by_itself_and_leaves_some_as_they_are():
+    image = heads()
+    content = foreign_content(image, seeded())
+    assert content.min() >= 0 and content.max() <= 1
+    change = (content - image)[..., 20:26, 40:46].flatten(2).mean(dim=2)
+    same = (content == image).flatten(2).all(dim=2)
+    assert 0.1 < same.float().mean() < 0.4
+    changed = change[~same]
+    assert 0.25 < (changed > 0).float().mean() < 0.75
+    assert (change.sign()[:, 0] != change.sign()[:, 1]).any()
+
+
+def test_made_anomalies_come_from_their_seed_alone():
+    image = heads(6)
+    for make in (lambda seed: foreign_content(image, seed), lambda seed: random_blobs(inside_of_head(image), seed)):
+        assert torch.equal(make(seeded(3)), make(seeded(3)))
+        assert not torch.equal(make(seeded(3)), make(seeded(4)))
