@@ -21,6 +21,7 @@ from scripts.release.report import report as write_report
 from scripts.release.verify import run_inference
 from scripts.release.verify import verify as faults_of
 from scripts.tasks.anomaly.benchmark import grey_level_baseline, tune
+from scripts.tasks.segmentation.evaluation import compare_runs
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -138,6 +139,19 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
+def compare(*runs: str, figure: str | None = None) -> None:
+    """Print a table of evaluated segmentation methods, with intervals over patients, and of what the first is ahead.
+
+    Args:
+        runs: folders of evaluations of the same cases, each as NAME=FOLDER.
+        figure: PNG to draw the reliability diagram of all to, or None.
+    """
+    try:
+        print(compare_runs(dict(run.split("=", 1) for run in runs), figure))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
 def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings: object) -> None:
     """Measure the slices that a bundle is trained on, and write what is usual of them to its models/fingerprint.json.
 
@@ -231,6 +245,7 @@ def main() -> None:
             "benchmark": run_benchmark,
             "tune": run_tune,
             "baseline": run_baseline,
+            "compare": compare,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,

@@ -75,7 +75,8 @@ def reliability_figure(path_or_buffer: PathLike | BinaryIO, methods: Mapping[str
 
     Args:
         path_or_buffer: file to write, or a binary buffer.
-        methods: by name, for each bin of probabilities: number of voxels, sum of their probabilities, number of lesion voxels.
+        methods: by name, for each bin of probabilities, number of voxels, sum of their probabilities, number of lesion
+            voxels.
     """
     figure = Figure(figsize=(6.5, 6), dpi=100, layout="constrained")
     axis = figure.subplots()

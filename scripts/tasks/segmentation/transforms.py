@@ -29,8 +29,8 @@ def spread_of_volumes(volume: float, samples: Tensor, level: float = 0.8) -> tup
         level: share of the samples between the two quantiles that are looked at, in (0, 1).
 
     Returns:
-        distances in ml, above 0: to the lower and to the upper quantile, 0 where that lies on the other side, plus 0.1 ml and
-        2 % of the volume, without which an ensemble that agrees would be sure.
+        distances in ml, above 0: to the lower and to the upper quantile, 0 where that lies on the other side, plus 0.1 ml
+        and 2 % of the volume, without which an ensemble that agrees would be sure.
     """
     quantiles = samples.double().quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     least = LEAST_SPREAD + LEAST_SHARE * volume
@@ -42,9 +42,7 @@ def volume_interval(volume: float, spread: tuple[float, float], factor: float) -
     return max(volume - factor * spread[0], 0.0), volume + factor * spread[1]
 
 
-def conformal_factor(
-    volumes: np.ndarray, spreads: np.ndarray, true: np.ndarray, level: float = 0.8
-) -> float:
+def conformal_factor(volumes: np.ndarray, spreads: np.ndarray, true: np.ndarray, level: float = 0.8) -> float:
     """The factor with which the intervals of held-out cases hold the true volume as often as they should.
 
     Split conformal prediction (Papadopoulos et al. 2002; Angelopoulos & Bates 2021, arXiv 2107.07511, section 1.1), with the
