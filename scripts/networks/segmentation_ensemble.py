@@ -14,6 +14,8 @@ from scripts.samplers import SOLVERS, STOCHASTIC, alphas_cumprod_table, draw_noi
 __all__ = ["SegmentationEnsembleNet"]
 
 PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
+# Heun's rule asks for the noise at level 0, where there is none
+DETERMINISTIC = {name: solver for name, solver in SOLVERS.items() if name != "heun"}
 
 
 class SegmentationEnsembleNet(SegmentationNetwork):
@@ -34,7 +36,7 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         level_power: training levels are drawn as T·u^level_power, u uniform; below 1 the higher levels come more often, at
             which the noised mask says little, so that the image has to be looked at.
         num_steps: number of steps from noise to mask.
-        solver: ``ddim``, ``heun``, ``multistep``, ``dpmpp_2m``, or, stochastic, ``ancestral`` (as in the paper) and
+        solver: ``ddim``, ``multistep``, ``dpmpp_2m``, or, stochastic, ``ancestral`` (as in the paper) and
             ``dpmpp_2m_sde``.
         kwargs: arguments of :class:`scripts.networks.segmentation_network.SegmentationNetwork`.
 
@@ -59,7 +61,7 @@ class SegmentationEnsembleNet(SegmentationNetwork):
     ) -> None:
         super().__init__(in_channels, spatial_size, **kwargs)
         for name, value, known in (
-            ("solver", solver, (*SOLVERS, *STOCHASTIC)),
+            ("solver", solver, (*DETERMINISTIC, *STOCHASTIC)),
             ("prediction_type", prediction_type, PREDICTION_TYPES),
         ):
             if value not in known:
@@ -124,7 +126,7 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         if self.solver in STOCHASTIC:
             mask = STOCHASTIC[self.solver](estimate, draw(), levels, self.alphas_cumprod, draw_noise=draw)
         else:
-            mask = SOLVERS[self.solver](estimate, draw(), levels, self.alphas_cumprod)
+            mask = DETERMINISTIC[self.solver](estimate, draw(), levels, self.alphas_cumprod)
         return ((mask + 1) / 2).unflatten(0, (len(numbers), -1))
 
     def losses(self, image: Tensor, label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
