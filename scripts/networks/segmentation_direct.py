@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from ignite.engine import Engine
@@ -68,16 +68,27 @@ class DirectSegmentationNet(SegmentationNetwork):
 
 
 class DeepEnsembleNet(SegmentationNetwork):
-    """Several networks of one kind, trained from other beginnings (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+    """Several direct networks, trained from other beginnings (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 
     Args:
-        members: the networks; each gives one sample.
-        kwargs: arguments of :class:`scripts.networks.segmentation_network.SegmentationNetwork`, but ``num_samples``.
+        in_channels: number of sequences, C.
+        spatial_size: height and width of a slice.
+        num_samples: number of networks; each gives one sample.
+        member: arguments of each, of :class:`DirectSegmentationNet`.
+        kwargs: arguments of :class:`scripts.networks.segmentation_network.SegmentationNetwork`.
     """
 
-    def __init__(self, members: Sequence[nn.Module], **kwargs: object) -> None:
-        super().__init__(num_samples=len(members), **kwargs)
-        self.members = nn.ModuleList(members)
+    def __init__(
+        self,
+        in_channels: int = 3,
+        spatial_size: Sequence[int] = (128, 128),
+        num_samples: int = 3,
+        member: Mapping[str, object] | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(in_channels, spatial_size, num_samples, **kwargs)
+        made = {"num_samples": 1, "amp": self.amp, **(member or {})}
+        self.members = nn.ModuleList(DirectSegmentationNet(in_channels, spatial_size, **made) for _ in range(num_samples))
 
     def sample(self, image: Tensor, numbers: Sequence[int]) -> Tensor:
         """See :meth:`scripts.networks.segmentation_network.SegmentationNetwork.sample`."""

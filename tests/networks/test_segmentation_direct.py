@@ -51,7 +51,8 @@ def test_a_deep_ensemble_has_a_sample_of_each_member(image, tmp_path):
     members = [make_network(seed, num_samples=1) for seed in (1, 2, 3)]
     for number, member in enumerate(members):
         torch.save(member.state_dict(), tmp_path / f"{number}.pt")
-    ensemble = DeepEnsembleNet([make_network(0, num_samples=1) for _ in range(3)], spatial_size=(16, 16)).eval()
+    member = {key: SMALL[key] for key in ("fold", "channels")}
+    ensemble = DeepEnsembleNet(spatial_size=(16, 16), num_samples=3, member=member).eval()
     MembersLoader(ensemble, [str(tmp_path / f"{number}.pt") for number in range(3)])(None)
     output = ensemble(image)
     assert output.shape == (4, 6, 16, 16)
