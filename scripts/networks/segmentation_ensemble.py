@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from scripts.networks.segmentation_network import MaskUNet, SegmentationNetwork
@@ -35,6 +36,8 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         num_levels: number of noising steps T.
         level_power: training levels are drawn as T·u^level_power, u uniform; below 1 the higher levels come more often, at
             which the noised mask says little, so that the image has to be looked at.
+        dice_weight: weight of the Dice loss beside the cross-entropy of ``sample``; with 0 the estimate is the mean of the
+            clean mask, as the solvers take it to be, but learns more slowly.
         num_steps: number of steps from noise to mask.
         solver: ``ddim``, ``multistep``, ``dpmpp_2m``, or, stochastic, ``ancestral`` (as in the paper) and
             ``dpmpp_2m_sde``.
@@ -54,7 +57,8 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         schedule: str = "linear",
         prediction_type: str = "sample",
         num_levels: int = 1000,
-        level_power: float = 0.5,
+        level_power: float = 0.25,
+        dice_weight: float = 1.0,
         num_steps: int = 10,
         solver: str = "ddim",
         **kwargs: object,
@@ -71,6 +75,7 @@ class SegmentationEnsembleNet(SegmentationNetwork):
             raise ValueError(f"spatial_size must be multiples of {multiple}, got {tuple(spatial_size)}")
         self.prediction_type, self.num_levels, self.level_power = prediction_type, num_levels, level_power
         self.num_steps, self.solver = num_steps, solver
+        self.loss = DiceCELoss(sigmoid=True, batch=True, lambda_dice=dice_weight)
         self.unet = MaskUNet(in_channels + 1, fold, channels, num_res_blocks, amp=self.amp)
         self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
 
@@ -130,7 +135,7 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         return ((mask + 1) / 2).unflatten(0, (len(numbers), -1))
 
     def losses(self, image: Tensor, label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss of the U-Net; its minimiser estimates the mean of the clean mask, whatever it predicts.
+        """Loss of the U-Net.
 
         Args:
             image: slices (B, C, H, W) in [0, 1].
@@ -138,13 +143,14 @@ class SegmentationEnsembleNet(SegmentationNetwork):
             generator: source of the levels and of the noise.
 
         Returns:
-            ``cross_entropy`` of the pixels of the clean mask, in nats; or ``noise``: mean squared error of noise, or of v.
+            ``dice_ce``: Dice loss of the batch plus cross-entropy of the clean mask, in nats; or ``noise``: mean
+            squared error of the noise, or of v.
         """
         mask = (label > 0).to(image.dtype)
         x, t, noise = draw_noised(2 * mask - 1, self.alphas_cumprod, generator, self.level_power)
         raw = self.raw(x, image, t)
         if self.prediction_type == "sample":
-            return {"cross_entropy": nn.functional.binary_cross_entropy_with_logits(raw, mask)}
+            return {"dice_ce": self.loss(raw, mask)}
         a = self._alpha(t)
         target = noise if self.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * (2 * mask - 1)
         return {"noise": nn.functional.mse_loss(raw, target)}
