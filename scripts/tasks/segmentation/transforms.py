@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
+from scripts.losses import binary_entropy
 from scripts.metrics import dice
 from scripts.results import millilitres
 
-__all__ = ["MeasureVolumed", "conformal_factor", "spread_of_volumes", "volume_interval"]
+__all__ = ["MapUncertaintyd", "MeasureVolumed", "conformal_factor", "spread_of_volumes", "volume_interval"]
 
 LEAST_SPREAD, LEAST_SHARE = 0.1, 0.02  # ml, and share of the volume, that are added to a spread
 
@@ -64,6 +67,28 @@ def conformal_factor(volumes: np.ndarray, spreads: np.ndarray, true: np.ndarray,
     if rank > len(scores):
         raise ValueError(f"{len(scores)} cases are too few for intervals of {level:.0%}; give more, or take a lower level")
     return float(scores[rank - 1])
+
+
+class MapUncertaintyd(MapTransform):
+    """Entropy of a probability of lesion, in bits: 0 where the samples agree, 1 where they are divided.
+
+    Args:
+        keys: keys of the probabilities, in [0, 1].
+        output_keys: keys of the entropies.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self, keys: KeysCollection = "mean", output_keys: KeysCollection = "entropy", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key, output_key in self.key_iterator(d, self.output_keys):
+            d[output_key] = binary_entropy(d[key].clamp(0, 1)) / math.log(2)
+        return d
 
 
 class MeasureVolumed(MapTransform):

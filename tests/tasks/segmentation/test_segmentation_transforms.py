@@ -5,7 +5,19 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.tasks.segmentation.transforms import MeasureVolumed, conformal_factor, spread_of_volumes, volume_interval
+from scripts.tasks.segmentation.transforms import (
+    MapUncertaintyd,
+    MeasureVolumed,
+    conformal_factor,
+    spread_of_volumes,
+    volume_interval,
+)
+
+
+def test_the_uncertainty_is_a_bit_where_samples_are_divided_and_nought_where_they_agree():
+    data = MapUncertaintyd()({"mean": MetaTensor(torch.tensor([0.0, 0.5, 1.0, 0.25]), affine=np.eye(4))})
+    assert data["entropy"].tolist() == pytest.approx([0, 1, 0, 0.811278], abs=1e-6)
+    assert isinstance(data["entropy"], MetaTensor)
 
 
 def test_the_spread_reaches_from_the_volume_to_the_quantiles_of_the_samples_and_a_little_on():
