@@ -34,7 +34,7 @@ QUICK = {
     HEAD_CT: {"num_steps": 1, "band_levels": 1, "calibrated_for#band_levels": 1, "healings": 1},
     CINE: {"num_frames": 2, "refinement_steps": 0},
     CHEST: {"number": 1, "num_steps": 1},
-    SEGMENTATION: {"num_samples": 1, "num_steps": 1},
+    SEGMENTATION: {"num_steps": 1},
 }
 TRAINING = {"epochs": 1, "epoch_length": 1, "batch_size": 2, "val_interval": 2}
 QUICK_TRAINING = {
