@@ -59,7 +59,7 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         num_levels: int = 1000,
         level_power: float = 0.25,
         dice_weight: float = 1.0,
-        num_steps: int = 5,
+        num_steps: int = 2,
         solver: str = "ddim",
         **kwargs: object,
     ) -> None:
