@@ -139,7 +139,7 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
-def compare(*runs: str, figure: str | None = None) -> None:
+def compare_segmentations(*runs: str, figure: str | None = None) -> None:
     """Print a table of evaluated segmentation methods, with intervals over patients, and of what the first is ahead.
 
     Args:
@@ -245,7 +245,7 @@ def main() -> None:
             "benchmark": run_benchmark,
             "tune": run_tune,
             "baseline": run_baseline,
-            "compare": compare,
+            "compare_segmentations": compare_segmentations,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,
