@@ -24,6 +24,7 @@ from scripts.release.verify import verify as faults_of
 from scripts.tasks.anomaly.benchmark import compare_with_published, grey_level_baseline, tune
 from scripts.tasks.anomaly.comparison import Method, compare_methods, methods_of
 from scripts.tasks.anomaly.evaluation import choose_floor
+from scripts.tasks.segmentation.evaluation import compare_runs
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -233,6 +234,19 @@ def compare(
     compare_methods(methods, str(dataset_dir), str(output_dir), most_false_ml, section)
 
 
+def compare_segmentations(*runs: str, figure: str | None = None) -> None:
+    """Print a table of evaluated segmentation methods, with intervals over patients, and of what the first is ahead.
+
+    Args:
+        runs: folders of evaluations of the same cases, each as NAME=FOLDER.
+        figure: PNG to draw the reliability diagram of all to, or None.
+    """
+    try:
+        print(compare_runs(dict(run.split("=", 1) for run in runs), figure))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
 def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings: object) -> None:
     """Measure the slices that a bundle is trained on, and write what is usual of them to its models/fingerprint.json.
 
@@ -330,6 +344,7 @@ def main() -> None:
             "floor": run_floor,
             "compare": compare,
             "compare_cines": compare_cines,
+            "compare_segmentations": compare_segmentations,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,

@@ -1,7 +1,8 @@
 """Engines that train and run the methods, on MONAI's and Ignite's.
 
 A network that trains here has ``losses(image, class_label, generator)``, which returns a dictionary of scalars; one that
-trains in stages has such a method for each. ``amp`` is its arithmetic, see :mod:`scripts.precision`.
+trains in stages has such a method for each. What takes the place of the class, such as a mask, the engine's ``label_key``
+says. ``amp`` is its arithmetic, see :mod:`scripts.precision`.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class DiffusionTrainer(SupervisedTrainer):
         seed: seed of the levels and of the noise.
         max_norm: bound of the gradient's norm, for each sub-network (direct child) by itself.
         objective: method of the network that returns the losses; None for ``network.losses``.
+        label_key: key of what it gets beside the image, such as ``label`` for masks.
         kwargs: arguments of :class:`monai.engines.SupervisedTrainer`.
 
     Raises:
@@ -107,10 +109,11 @@ class DiffusionTrainer(SupervisedTrainer):
         seed: int = 0,
         max_norm: float = 1.0,
         objective: Objective | None = None,
+        label_key: str = "class_label",
         **kwargs: object,
     ) -> None:
         super().__init__(loss_function=None, decollate=False, **kwargs)
-        self.ema, self.seed, self.max_norm = ema, seed, max_norm
+        self.ema, self.seed, self.max_norm, self.label_key = ema, seed, max_norm, label_key
         self.objective = objective or self.network.losses
         self.add_event_handler(Events.STARTED, _tell_arithmetic)
 
@@ -127,11 +130,11 @@ class DiffusionTrainer(SupervisedTrainer):
 
     def _iteration(self, engine: DiffusionTrainer, batchdata: dict) -> dict[str, float]:
         device, iteration = engine.state.device, engine.state.iteration
-        image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
+        image, label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", engine.label_key))
         generator = _generator(engine.seed, iteration)
 
         engine.network.train()
-        losses = engine.objective(image, class_label, generator)
+        losses = engine.objective(image, label, generator)
         loss = torch.stack(list(losses.values())).sum()
         engine.optimizer.zero_grad()
         loss.backward()
@@ -162,22 +165,32 @@ class DiffusionValidator(Evaluator):
         network: the network with averaged weights.
         seed: seed of the levels and of the noise.
         objective: method of the network that returns the losses; None for ``network.losses``.
+        label_key: key of what it gets beside the image, see :class:`DiffusionTrainer`.
         kwargs: arguments of :class:`monai.engines.Evaluator`.
     """
 
-    def __init__(self, *, network: nn.Module, seed: int = 0, objective: Objective | None = None, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        seed: int = 0,
+        objective: Objective | None = None,
+        label_key: str = "class_label",
+        **kwargs: object,
+    ) -> None:
         super().__init__(decollate=False, **kwargs)
         self.network, self.seed, self.objective = network, seed, objective or network.losses
+        self.label_key = label_key
 
     def _iteration(self, engine: DiffusionValidator, batchdata: dict) -> dict:
         device = engine.state.device
-        image, class_label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", "class_label"))
+        image, label = (convert_to_tensor(batchdata[k], device=device) for k in ("image", engine.label_key))
         generator = _generator(engine.seed, engine.state.iteration)
         with engine.mode(engine.network):
-            losses = {k: v.item() for k, v in engine.objective(image, class_label, generator).items()}
+            losses = {k: v.item() for k, v in engine.objective(image, label, generator).items()}
             if not hasattr(engine.network, "probability"):
                 return losses
-            return {**losses, "score": engine.network.probability(image), "class_label": class_label}
+            return {**losses, "score": engine.network.probability(image), "class_label": label}
 
 
 class CohortEvaluator(SupervisedEvaluator):

@@ -19,7 +19,8 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
-from scripts.data.cohort import table_rows
+from scripts.data.cohort import root_cause, table_rows
+from scripts.data.dicom import write_segmentation
 from scripts.files import files_written_aside, locked, recorded_files, sha256_of, written_aside
 from scripts.precision import arithmetic
 
@@ -165,6 +166,23 @@ class FolderSaver(ResultSaver):
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
         """Columns of the case's row."""
         raise NotImplementedError
+
+    def write_dicom(self, path: Path, mask: MetaTensor, image: MetaTensor) -> None:
+        """Write the mask of a case that was read from the folder of a DICOM series as DICOM, or a line that says why not.
+
+        Only a disk that can't be written fails the case. Of another case nothing is written.
+        """
+        series = image.meta.get("filename_or_obj")
+        if not series or not Path(series).is_dir():
+            return
+        try:
+            labels = self.meta["network_data_format"]["outputs"]["pred"]["channel_def"]
+            names = [labels[number] for number in sorted(labels, key=int) if number != "0"]
+            write_segmentation(path, series, mask, names, self.bundle, self.version, self.weights_hash)
+        except OSError:
+            raise
+        except Exception as error:  # the library has many ways to refuse a header
+            logger.warning(f"no {path.name}, the NIfTI files hold the results: {root_cause(error)}")
 
     def save(self, case: Mapping[str, Any]) -> None:
         """Write one case.

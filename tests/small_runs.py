@@ -10,7 +10,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from conftest import BRAIN, CARDIAC, CHEST, HEAD_CT, ONE_STEP, make_cine, make_ct_slice, make_head, save_nifti, save_patient
+from conftest import (
+    BRAIN,
+    CARDIAC,
+    CHEST,
+    HEAD_CT,
+    ONE_STEP,
+    SEGMENTATION,
+    make_cine,
+    make_ct_slice,
+    make_head,
+    save_nifti,
+    save_patient,
+)
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,6 +43,8 @@ INFERENCES = {
     "head CT by stochastic steps": (HEAD_CT, (), {**FEW_LEVELS, "variant": "c", "start_level": 5, "healings": 1}),
     "chest X-ray": (CHEST, (), {"number": 3, "num_steps": 3, "batch_size": 2}),
     "cardiac": (CARDIAC, ("evaluate",), {"refinement_steps": 2, "section": "all"}),
+    "segmentation": (SEGMENTATION, ("evaluate",), {"num_samples": 2, "num_steps": 2, "section": "all"}),
+    "segmentation by stochastic steps": (SEGMENTATION, (), {"num_samples": 2, "num_steps": 2, "solver": "ancestral"}),
 }
 # what is trained: the bundle, other configurations beside train.json, and settings
 CT = {"spatial_size": [32, 32], "network_def#autoencoder": {"channels": [8, 8], "num_embeddings": 32}}
@@ -51,6 +65,12 @@ TRAININGS = {
         ONE_STEP,
         (),
         {"spatial_size": [32, 32], "network_def#channels": [16, 32], "corruption": "noise"},
+    ),
+    "segmentation": (SEGMENTATION, (), {"spatial_size": [32, 32], "network_def#channels": [16, 32]}),
+    "segmentation, direct": (
+        SEGMENTATION,
+        ("train_direct",),
+        {"spatial_size": [32, 32], "network_def#channels": [16, 32]},
     ),
     "head CT, VQ-VAE": (HEAD_CT, ("train_autoencoder",), {**CT, "network_def#unet_channels": [32, 32]}),
     "head CT, U-Net": (HEAD_CT, (), {**CT, "network_def#unet_channels": [32, 32]}),
@@ -106,12 +126,12 @@ def make_data(folder: Path) -> None:
     patients = [f"p{i}" for i in range(40)]
     chosen = [next(p for p in patients if section_of(p) == section) for section in ("training", "validation")]
     scan, mask = make_head(num_slices=2)
-    for bundle in (BRAIN, ONE_STEP):
+    for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
         save_nifti(folder / bundle.name / "scan.nii.gz", scan)
         save_nifti(folder / bundle.name / "scan_seg.nii.gz", mask)
     cine, labels = make_cine(4)
     for number, name in enumerate(chosen):
-        for bundle in (BRAIN, ONE_STEP):
+        for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
             save_patient(folder / f"{bundle.name}_training", name, seed=number, num_slices=4)
         save_nifti(folder / f"{CARDIAC.name}_training" / f"{name}.nii.gz", make_cine(4, number)[0], VOXELS)
     save_nifti(folder / CARDIAC.name / "cine.nii.gz", cine, VOXELS)

@@ -22,12 +22,13 @@ from PIL import Image
 from scripts.data.sections import section_of
 from scripts.release.package import package
 
-BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST = NAMES = (
+BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION = NAMES = (
     "brain_mri_anomaly_ddim",
     "brain_mri_anomaly_one_step",
     "head_ct_anomaly_ldm",
     "cardiac_mri_deformable_diffusion",
     "chest_xray_generative_vdm",
+    "brain_mri_segmentation_ensemble",
 )
 QUICK = {
     BRAIN: {"num_steps": 1, "guidance_steps": 1},
@@ -35,6 +36,7 @@ QUICK = {
     HEAD_CT: {"num_steps": 1, "band_levels": 1, "calibrated_for#band_levels": 1, "healings": 1},
     CINE: {"num_frames": 2, "refinement_steps": 0},
     CHEST: {"number": 1, "num_steps": 1},
+    SEGMENTATION: {"num_steps": 1},
 }
 TRAINING = {"epochs": 1, "epoch_length": 1, "batch_size": 2, "val_interval": 2}
 QUICK_TRAINING = {
@@ -43,6 +45,7 @@ QUICK_TRAINING = {
     HEAD_CT: {"calibrate": False},
     CINE: {"spatial_size": [32, 32, 8]},
     CHEST: {"spatial_size": [16, 16], "network_def#channels": [32, 32], "network_def#num_steps": 2},
+    SEGMENTATION: {"spatial_size": [32, 32], "network_def#channels": [16, 32]},
 }
 
 
@@ -77,15 +80,15 @@ def scans(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scans")
     names = [next(n for n in map(str, range(99)) if section_of(n) == s) for s in ("training", "validation")]
     for seed, name in enumerate(names):
-        for brain in (BRAIN, ONE_STEP):
-            save_patient(folder / brain, name, seed, num_slices=2)
+        for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
+            save_patient(folder / bundle, name, seed, num_slices=2)
         save_nifti(folder / CINE / f"{name}.nii.gz", make_cine(3, seed)[0], np.diag([1.5, 1.5, 3.15, 1.0]))
     for name in (HEAD_CT, CHEST):
         (folder / name).mkdir()
         for i in range(36):
             Image.fromarray(make_ct_slice(i)).save(folder / name / f"{i:02}.png")
-    for brain in (BRAIN, ONE_STEP):
-        save_nifti(folder / f"one_{brain}" / "a.nii.gz", make_head(1)[0])
+    for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
+        save_nifti(folder / f"one_{bundle}" / "a.nii.gz", make_head(1)[0])
     save_nifti(folder / f"one_{HEAD_CT}" / "a.nii.gz", make_ct_slice()[..., None])
     shutil.copytree(folder / CINE, folder / f"one_{CINE}", ignore=lambda _, files: files[1:])
     (folder / f"one_{CHEST}").mkdir()

@@ -16,6 +16,7 @@ from conftest import (
     CHEST,
     HEAD_CT,
     ONE_STEP,
+    SEGMENTATION,
     finished,
     make_cine,
     make_ct_slice,
@@ -35,6 +36,8 @@ BRAIN_SIZES = ("--spatial_size", "[32,32]", "--pixdim", "[4.0,4.0,-1.0]")
 SMALL = {
     ("brain",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]", "--network_def#classifier_channels", "[16,32,32]"),
     ("one_step",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
+    ("segmentation",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
+    ("segmentation", "direct"): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
     ("head_ct", "autoencoder"): (),
     ("head_ct",): ("--network_def#unet_channels", "[32,32]"),
     ("chest",): (*TINY["image"], "--spatial_size", "[16,16]"),
@@ -76,11 +79,18 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("case", "bundle", "overlay"),
-    [("brain", BRAIN, ()), ("one_step", ONE_STEP, ()), ("head_ct", HEAD_CT, ("autoencoder",)), ("head_ct", HEAD_CT, ())]
+    [
+        ("brain", BRAIN, ()),
+        ("one_step", ONE_STEP, ()),
+        ("segmentation", SEGMENTATION, ()),
+        ("segmentation", SEGMENTATION, ("direct",)),
+        ("head_ct", HEAD_CT, ("autoencoder",)),
+        ("head_ct", HEAD_CT, ()),
+    ]
     + [("chest", CHEST, ()), ("chest", CHEST, ("medvdm",)), ("cardiac", CARDIAC, ()), ("cardiac", CARDIAC, ("voxelmorph",))],
 )
 def test_training_in_two_processes_is_that_of_one_with_twice_the_batch(request, tmp_path, case, bundle, overlay):
-    data = request.getfixturevalue({"brain": "patients", "one_step": "patients", "cardiac": "cines"}.get(case, "pictures"))
+    data = request.getfixturevalue({"head_ct": "pictures", "chest": "pictures", "cardiac": "cines"}.get(case, "patients"))
     files = ["configs/train.json", *(f"configs/train_{stage}.json" for stage in overlay)]
     states = {}
     for name, batch_size in (("one", 4), ("two", 2)):

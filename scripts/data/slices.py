@@ -139,6 +139,7 @@ class SliceDataset(Dataset):
             as a whole, as if it were one slice of class 0.
         augmentation: random transforms of a slice, or None.
         classes: the classes that the slices must have, all of them and no other; (0,) for healthy slices alone.
+        masks: keep the ``label`` (1, H, W) of each slice, which the preprocessing cuts with the image, 1 where above 0.
 
     Raises:
         ValueError: naming every case that can't be read, before any training, or if a class has no slice, or if there
@@ -151,8 +152,9 @@ class SliceDataset(Dataset):
         transform: Callable,
         augmentation: Callable | None = None,
         classes: Sequence[int] = (0, 1),
+        masks: bool = False,
     ) -> None:
-        self.augmentation = augmentation
+        self.augmentation, self.masks = augmentation, masks
         self.slices: list[dict] = []
         failures = []
         for case in tqdm(data, desc="reading cases", disable=None):
@@ -169,7 +171,7 @@ class SliceDataset(Dataset):
                 failures.append(f"{name}: {root_cause(error)}")
                 continue
             slices = slices if isinstance(slices, list) else [{"class_label": 0, "position": 0.0, **slices}]
-            self.slices += [{"case": name, **s, "image": s["image"].half()} for s in slices]
+            self.slices += [{"case": name, **s, "image": s["image"].half(), **self._mask(s)} for s in slices]
         if failures:
             raise ValueError(f"{len(failures)} of {len(data)} cases can't be used for training:\n" + "\n".join(failures))
         self.class_labels = np.array([s["class_label"] for s in self.slices])
@@ -185,6 +187,10 @@ class SliceDataset(Dataset):
         counts = ", ".join(f"{(self.class_labels == label).sum()} of class {label}" for label in found)
         logger.info(f"{len(data)} cases with {len(self.slices)} slices: {counts}")
 
+    def _mask(self, item: Mapping[Hashable, Any]) -> dict[str, Tensor]:
+        """The mask of a slice, if masks are kept, a byte a pixel."""
+        return {"label": (item["label"] > 0).to(torch.uint8)} if self.masks else {}
+
     def __len__(self) -> int:
         return len(self.slices)
 
@@ -192,6 +198,8 @@ class SliceDataset(Dataset):
         """Slice ``index``, or ``(index, seed)`` with the seed of its augmentation."""
         index, seed = key if isinstance(key, tuple) else (key, None)
         item = {"image": self.slices[index]["image"].float(), "class_label": self.slices[index]["class_label"]}
+        if self.masks:
+            item["label"] = self.slices[index]["label"].float()
         if self.augmentation is None or seed is None:
             return item
         if isinstance(self.augmentation, Randomizable):

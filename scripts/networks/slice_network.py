@@ -17,7 +17,7 @@ __all__ = ["SliceNetwork", "weighted_difference"]
 class SliceNetwork(nn.Module):
     """A network that makes an anomaly map and a healthy version of each slice that shows enough, and says how ill it looks.
 
-    A subclass has ``analyse(image)``.
+    A subclass has ``analyse(image)``; one with another output has ``output(image)`` and ``out_channels`` in its place.
 
     Args:
         in_channels: number of channels, C.
@@ -54,6 +54,16 @@ class SliceNetwork(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def out_channels(self) -> int:
+        """Number of channels that :meth:`output` returns."""
+        return self.in_channels + 2
+
+    def output(self, image: Tensor) -> Tensor:
+        """What :meth:`analyse` returns of slices (B, C, H, W), one after the other: (B, ``out_channels``, H, W)."""
+        anomaly, healthy, probability = self.analyse(image)
+        return torch.cat([anomaly, healthy, probability.view(-1, 1, 1, 1).expand_as(anomaly)], dim=1)
+
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Whole method on a batch of slices.
@@ -63,8 +73,8 @@ class SliceNetwork(nn.Module):
                 batch (``SliceInferer`` bounds the memory).
 
         Returns:
-            (B, C + 2, H, W[, D]): what :meth:`analyse` returns, one after the other, the score constant over a slice.
-            Slices with too little foreground are zero throughout.
+            (B, C + 2, H, W[, D]): what :meth:`analyse` returns, one after the other, the score constant over a slice; or
+            what else :meth:`output` returns. Slices with too little foreground are zero throughout.
 
         Raises:
             ValueError: if the number of channels or the size of the slices is not the network's.
@@ -75,13 +85,11 @@ class SliceNetwork(nn.Module):
         expected = (self.in_channels, *self.spatial_size)
         if image.shape[1:] != expected:
             raise ValueError(f"expected slices of shape {expected}, got {tuple(image.shape[1:])}")
-        output = image.new_zeros(len(image), self.in_channels + 2, *self.spatial_size)
+        output = image.new_zeros(len(image), self.out_channels, *self.spatial_size)
         seen = has_foreground(image, self.foreground_level, self.min_foreground)
         if seen.any():
-            image = image[seen].float().contiguous()  # the same rounding however the scan is stored
-            anomaly, healthy, probability = self.analyse(image)
-            probability = probability.view(-1, 1, 1, 1).expand_as(anomaly)
-            output[seen] = torch.cat([anomaly, healthy, probability], dim=1).to(output.dtype)
+            # contiguous: the same rounding however the scan is stored
+            output[seen] = self.output(image[seen].float().contiguous()).to(output.dtype)
         return output
 
     def _generator(self, stream: int = 0) -> torch.Generator:

@@ -7,10 +7,19 @@ from typing import BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from monai.config import NdarrayOrTensor, PathLike
 
-from scripts.figures import LABEL_COLOR, MASK_COLOR, choose_slices, name_axes, save_figure, slices_last
+from scripts.figures import (
+    LABEL_COLOR,
+    MASK_COLOR,
+    Panel,
+    choose_slices,
+    draw_panels,
+    grey_scale,
+    name_axes,
+    save_figure,
+    slices_last,
+)
 
 __all__ = ["contrast_figure", "guidance_table_figure", "methods_figure", "overview"]
 
@@ -55,57 +64,25 @@ def overview(
     """
     picture, restored = (slices_last(volume, channel, slice_dim) for volume in (image, healthy))
     anomaly, found = (slices_last(volume, 0, slice_dim) for volume in (anomaly_map, mask))
-    outlines = [(found > 0, columns[3], {"colors": MASK_COLOR, "linewidths": 1.5})]
+    outlines = {columns[3]: (found > 0, {"colors": MASK_COLOR, "linewidths": 1.5})}
     if label is not None:  # below the mask and wider, so that both are seen where they agree
-        outlines.insert(0, (slices_last(label, 0, slice_dim) > 0, "label", {"colors": LABEL_COLOR, "linewidths": 4}))
+        wide = {"colors": LABEL_COLOR, "linewidths": 4}
+        outlines = {"label": (slices_last(label, 0, slice_dim) > 0, wide), **outlines}
 
     chosen = choose_slices(picture, found > 0, num_rows) if slices is None else np.asarray(slices)
-    # a few bright voxels (vessels, noise) would darken all the rest
-    grey = {"cmap": "gray", "vmin": picture.min(), "vmax": np.percentile(picture, 99.8)}
+    grey = grey_scale(picture)
     vmax = vmax or np.percentile(anomaly[..., chosen], 99.8) or anomaly[..., chosen].max() or 1.0
     heat = {"cmap": "inferno", "vmin": 0, "vmax": vmax}
-    panels = [(picture, grey), (restored, grey), (anomaly, heat), (picture, grey)]
-
+    extend = "max" if anomaly[..., chosen].max() > vmax else "neither"
+    panels = [
+        Panel(columns[0], picture, grey),
+        Panel(columns[1], restored, grey),
+        Panel(columns[2], anomaly, heat, bar=columns[2], extend=extend),
+        Panel(columns[3], picture, grey, list(outlines.values())),
+    ]
     right, up = (size for axis, size in enumerate(spacing) if axis != slice_dim)
-    cell_height = 13 / np.clip(len(chosen), 3, 5)  # inches, at 100 dots each; more rows make the picture longer
-    cell_width = cell_height * (picture.shape[0] * right) / (picture.shape[1] * up)
-    figure = Figure(
-        figsize=(4 * cell_width + 1.6, len(chosen) * cell_height + 1.2), dpi=100, layout="compressed", facecolor="black"
-    )
-    axes = figure.subplots(len(chosen), 4, squeeze=False)
-    for row, index in zip(axes, chosen, strict=True):
-        for axis, (volume, scale) in zip(row, panels, strict=True):
-            pixels = volume[..., index].T
-            shown = axis.imshow(pixels, origin="lower", aspect=up / right, interpolation="nearest", **scale)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if volume is anomaly:
-                heated = shown
-        row[0].set_ylabel(f"slice {index}", color="white", fontsize=14)
-        for volume, _, line in outlines:
-            area = volume[..., index].T
-            if area.any() and not area.all():  # matplotlib warns of a level that is never crossed
-                row[3].contour(area, levels=[0.5], **line)
-    for axis, heading in zip(axes[0], columns, strict=True):
-        axis.set_title(heading, color="white", fontsize=16)
-
-    bar = figure.colorbar(heated, ax=axes[:, 3], extend="max" if anomaly[..., chosen].max() > vmax else "neither")
-    bar.set_label(columns[2], color="white", fontsize=14)
-    bar.ax.tick_params(colors="white", labelsize=13)
-    bar.outline.set_edgecolor("white")
-    figure.legend(
-        handles=[
-            Line2D([], [], color=line["colors"], linewidth=line["linewidths"], label=name) for _, name, line in outlines
-        ],
-        loc="outside lower right",
-        ncols=2,
-        fontsize=14,
-        labelcolor="white",
-        facecolor="black",
-    )
-    figure.suptitle(title, color="white", fontsize=18)
-    save_figure(figure, path_or_buffer)
+    legend = {name: line for name, (_, line) in outlines.items()}
+    draw_panels(path_or_buffer, panels, chosen, title, legend, (right, up))
 
 
 def guidance_table_figure(path: PathLike | BinaryIO, rows: Sequence[Mapping[str, float]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from scripts.data.cohort import root_cause
-from scripts.data.dicom import write_segmentation
 from scripts.results import FolderSaver, millilitres, write_nifti
 from scripts.tasks.anomaly.figures import overview
 from scripts.transforms import upright
 
 __all__ = ["CaseSaver"]
-
-logger = logging.getLogger(__name__)
 
 
 class CaseSaver(FolderSaver):
@@ -67,9 +62,7 @@ class CaseSaver(FolderSaver):
         write_nifti(folder / f"{name}_seg.nii.gz", mask, np.uint8)
         write_nifti(folder / f"{name}_map.nii.gz", anomaly, np.float32)
         write_nifti(folder / f"{name}_healthy.nii.gz", case["healthy"], np.float32)
-        source = case["image"].meta.get("filename_or_obj")
-        if source and Path(source).is_dir():
-            self._write_dicom(folder / f"{name}_seg.dcm", source, mask)
+        self.write_dicom(folder / f"{name}_seg.dcm", mask, case["image"])
         if self.picture:
             overview(  # draws axial slices
                 folder / f"{name}_overview.png",
@@ -95,14 +88,3 @@ class CaseSaver(FolderSaver):
     def rows(self) -> list[dict[str, str]]:
         """Rows of the table; version 0.1.0 called the last column trust."""
         return [{self.slice_score if k == "trust" else k: v for k, v in row.items()} for row in super().rows()]
-
-    def _write_dicom(self, path: Path, series_dir: str, mask: Any) -> None:
-        """Write the mask as DICOM, or a line that says why not; only a disk that can't be written fails the case."""
-        try:
-            labels = self.meta["network_data_format"]["outputs"]["pred"]["channel_def"]
-            names = [labels[number] for number in sorted(labels, key=int) if number != "0"]
-            write_segmentation(path, series_dir, mask, names, self.bundle, self.version, self.weights_hash)
-        except OSError:
-            raise
-        except Exception as error:  # the library has many ways to refuse a header
-            logger.warning(f"no {path.name}, the NIfTI files hold the results: {root_cause(error)}")

@@ -14,6 +14,7 @@ from monai.transforms import Compose
 from PIL import Image
 from torch import nn
 
+from scripts import results
 from scripts.data.cohort import unfinished
 from scripts.engines import CohortEvaluator
 from scripts.files import sha256_of
@@ -197,7 +198,7 @@ def from_dicom(tmp_path):
 
 def test_a_case_from_a_dicom_series_gets_a_dicom_segmentation_with_the_labels_of_the_bundle(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(anomaly_results, "write_segmentation", lambda path, *args: made.append(args) or path.touch())
+    monkeypatch.setattr(results, "write_segmentation", lambda path, *args: made.append(args) or path.touch())
     handler, case = from_dicom(tmp_path)
     handler.save(case)
     endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "seg.dcm", "seg.nii.gz")
@@ -216,7 +217,7 @@ def test_a_series_that_can_have_no_dicom_segmentation_keeps_its_nifti_files_and_
 
 
 def test_a_disk_that_fills_up_at_the_dicom_segmentation_leaves_no_half_case(tmp_path, monkeypatch):
-    monkeypatch.setattr(anomaly_results, "write_segmentation", no_space)
+    monkeypatch.setattr(results, "write_segmentation", no_space)
     handler, case = from_dicom(tmp_path)
     with pytest.raises(OSError, match="free some space"):
         handler.save(case)
