@@ -25,13 +25,14 @@ from scipy import ndimage
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-BRAIN, HEAD_CT, CARDIAC, CHEST = BUNDLES = [
+BRAIN, HEAD_CT, CARDIAC, CHEST, PANCREAS = BUNDLES = [
     ROOT / "bundles" / name
     for name in (
         "brain_mri_anomaly_ddim",
         "head_ct_anomaly_ldm",
         "cardiac_mri_deformable_diffusion",
         "chest_xray_generative_vdm",
+        "pancreas_ct_anomaly_ddim",
     )
 ]
 LGG = ROOT.parent / "shared" / "data" / "lgg"
