@@ -411,7 +411,8 @@ def test_a_run_begins_with_a_line_about_hardware_and_arithmetic(caplog):
     evaluator.network.amp = True
     with caplog.at_level(logging.INFO, logger="scripts.engines"):
         evaluator.run()
-    assert caplog.messages[0] == f"computing on {hardware(CPU)}, in bfloat16"
+    told = [record.getMessage() for record in caplog.records if record.name == "scripts.engines"]
+    assert told[0] == f"computing on {hardware(CPU)}, in bfloat16"
 
 
 def test_the_report_of_failures_ends_the_program_with_status_1_and_names_all():

@@ -428,7 +428,7 @@ def test_what_is_only_told_otherwise_gives_the_same_figures(tmp_path):
     tables = {}
     for kind in ("sound", "told"):
         paths = {"dataset_dir": str(tmp_path / kind), "output_dir": str(tmp_path / f"{kind}_out"), "section": "all"}
-        found = {"gate": False, "threshold": 0.02, "min_volume": 0, "handlers#0#picture": False}
+        found = {"gate": False, "skip_below": 0, "threshold": 0.02, "min_volume": 0, "handlers#0#picture": False}
         config = "['configs/inference.json','configs/evaluate.json']"
         process = start(BRAIN, config, tmp_path / "log", **{**QUICK[BRAIN], **paths, **found})
         process.join()

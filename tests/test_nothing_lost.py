@@ -415,6 +415,7 @@ def test_an_output_folder_that_is_the_input_is_refused_and_every_file_stays(tmp_
 def test_what_a_user_put_into_the_folder_of_a_case_stays_when_it_is_done_again(tmp_path):
     save_nifti(tmp_path / "scans" / "p1.nii.gz", make_head(num_slices=1)[0])
     run = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", *QUICK, "--handlers#0#picture", False)
+    run += ("--skip_below", 0)  # a made head looks healthy, and would stay as it is
     assert run_forked(BRAIN, "configs/inference.json", *run).returncode == 0
     case = tmp_path / "out" / "p1"
     (case / "notes.txt").write_text("mine")

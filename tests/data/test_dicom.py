@@ -555,6 +555,7 @@ def test_a_bundle_writes_the_mask_of_a_dicom_series_as_nifti_and_as_a_segmentati
     scan, _ = make_head(num_slices=2)
     folder = save_series(tmp_path / "scans" / "patient", scan[..., 1], SOPClassUID=MRImageStorage, Modality="MR")
     settings = ("--num_steps", 1, "--guidance_steps", 1, "--threshold", "otsu", "--min_threshold", 0, "--min_volume", 0)
+    settings += ("--skip_below", 0)  # a made head looks healthy
     paths = ("--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "output")
     done = run_forked(bundle, "configs/inference.json", *paths, *settings)
     assert done.returncode == 0, done.stderr
