@@ -25,7 +25,6 @@ from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti
 
 from scripts.files import sha256_of
 from scripts.release.package import package
-from scripts.release.phantoms import draw_abdomen
 
 ENVIRONMENT = Path(os.environ.get("MONAILABEL_VENV", ROOT / ".venv-monailabel")).absolute()
 PYTHON = ENVIRONMENT / "bin" / "python"
@@ -37,7 +36,6 @@ pytestmark = pytest.mark.skipif(
 ONE_STEP = "brain_mri_anomaly_one_step"
 MRI, CT, CINE = "brain_mri_anomaly_ddim", "head_ct_anomaly_ldm", "cardiac_mri_deformable_diffusion"
 ENSEMBLE = "brain_mri_segmentation_ensemble"
-ABDOMEN = "pancreas_ct_anomaly_ddim"
 # what is asked for: few steps, to be quick, and every voxel in the mask that has anything in the map
 QUICK = {
     MRI: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.02, "min_volume": 0.0},
@@ -45,7 +43,6 @@ QUICK = {
     CT: {"num_steps": 2, "percentile": 50.0, "threshold": 0.02},
     CINE: {"num_frames": 2, "min_motion": 0.1},
     ENSEMBLE: {"num_samples": 2, "num_steps": 2, "threshold": 0.02},
-    ABDOMEN: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.001, "min_volume": 0.0},
 }
 # one setting of the network (frames leave the mask of what moves as it is), one of the postprocessing
 CHANGES = {
@@ -54,7 +51,6 @@ CHANGES = {
     CT: ({"start_level": 200}, {"threshold": 0.9}),
     CINE: ({"min_motion": 0.5},),
     ENSEMBLE: ({"num_steps": 1}, {"threshold": 0.6}),
-    ABDOMEN: ({"gradient_scale": 300.0}, {"threshold": 0.5}),
 }
 
 # beside a CPU build of PyTorch, PyPI's torchvision lacks its own operators, which nobody here needs
@@ -142,7 +138,7 @@ def turned(image: nib.Nifti1Image) -> nib.Nifti1Image:
 
 
 def save_studies(folder: Path) -> Path:
-    """Made scans of brain MRI, one of them turned, with masks, and made CTs and a cine without, in the server's layout."""
+    """Made scans of brain MRI, one of them turned, with masks, and a made head CT without one, in the server's layout."""
     for seed in range(3):
         scan, mask = make_head(2, seed=seed)
         for path, data in ((folder, scan), (folder / "labels" / "final", mask)):
@@ -152,7 +148,6 @@ def save_studies(folder: Path) -> Path:
     grey = np.stack([make_ct_slice(seed) for seed in range(2)], axis=-1)
     save_nifti(folder / "ct_0.nii.gz", np.interp(grey, (0, 25, 255), (-1024, -25, 130)).astype(np.int16))
     save_nifti(folder / "cine_0.nii.gz", make_cine()[0])
-    draw_abdomen(folder / "abdomen_0.nii.gz", num_slices=3)  # with the mask of its pancreas beside it
     return folder
 
 
@@ -222,7 +217,7 @@ def run_bundle(server: Server, name: str, image: str, output: Path, **settings: 
 
 
 def scan_for(name: str) -> str:
-    return {CT: "ct_0", CINE: "cine_0", ABDOMEN: "abdomen_0"}.get(name, "mri_1")
+    return {CT: "ct_0", CINE: "cine_0"}.get(name, "mri_1")
 
 
 def test_info_names_every_packaged_bundle_with_its_settings_and_its_trainer(server):

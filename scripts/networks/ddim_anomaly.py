@@ -78,7 +78,6 @@ class DDIMAnomalyNet(SliceNetwork):
             healthy counts little; False, as in the paper.
         skip_below: slices with a smaller probability of disease come back as they are, with a map of zero, and cost one call
             of the classifier; 0 for none, as in the paper.
-        classifier_alone: train the classifier and leave the U-Net as it is, at a third of the work.
         reference_steps: k > 0 takes from the map what the slice's way through the noise changes without guidance, decoded in
             k steps: what the networks can't restore anyway is no lesion. 0 for none, as in the paper.
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
@@ -113,7 +112,6 @@ class DDIMAnomalyNet(SliceNetwork):
         smoothing: float = 0.0,
         gate: bool = False,
         skip_below: float = 0.0,
-        classifier_alone: bool = False,
         reference_steps: int = 0,
         min_foreground: float = 0.05,
         foreground_level: float = 0.1,
@@ -139,7 +137,6 @@ class DDIMAnomalyNet(SliceNetwork):
         self.map_weights = tuple(map_weights or [1.0] * in_channels)
         self.darker_weight, self.smoothing, self.gate = darker_weight, smoothing, gate
         self.skip_below, self.reference_steps = skip_below, reference_steps
-        self.classifier_alone = classifier_alone
         if len(self.map_weights) != in_channels:
             raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
 
@@ -316,18 +313,14 @@ class DDIMAnomalyNet(SliceNetwork):
         Returns:
             ``noise``: mean squared error of the U-Net's estimate (Ho et al. 2020, eq. 14); ``variance``: the bound's
             term for the learned variance, in bits (together Nichol & Dhariwal's hybrid objective, whose weight 0.001 times
-            T = 1000 terms is 1); ``classifier``: cross-entropy. With ``classifier_alone`` that is all there is.
+            T = 1000 terms is 1); ``classifier``: cross-entropy.
         """
         x0 = 2 * image - 1
         x, t, noise = draw_noised(x0, self.alphas_cumprod, generator, self.level_power)
-        logits = self._run(self.classifier, x, t)
-        classifier = nn.functional.cross_entropy(logits, class_label)
-        if self.classifier_alone:
-            return {"classifier": classifier}
         pred, fraction = self.estimate(x, t)
         error = pred - noise if self.prediction_type == "epsilon" else (pred - noise) / self._alpha(t).sqrt()  # in v
         return {
             "noise": (error**2).mean(),
             "variance": variational_bound(pred, fraction, noise, t, self.alphas_cumprod),
-            "classifier": classifier,
+            "classifier": nn.functional.cross_entropy(self._run(self.classifier, x, t), class_label),
         }

@@ -99,10 +99,8 @@ def methods_of(bundles: Sequence[Path]) -> dict[str, Method]:
     for bundle in (bundle for bundle in bundles if (bundle / "configs" / "evaluate.json").is_file()):
         meta = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
         kind = configuration(bundle, "inference", "evaluate").get("benchmark", "")
-        if (
-            kind == "scripts.tasks.anomaly.benchmark.anomaly_benchmark"
-            and meta["network_data_format"]["inputs"]["image"]["modality"] == "MR"
-        ):
+        modality = meta["network_data_format"]["inputs"]["image"].get("modality")
+        if kind == "scripts.tasks.anomaly.benchmark.anomaly_benchmark" and modality == "MR":
             controls = [path.stem for path in sorted((bundle / "configs").glob("control_*.json"))]
             methods |= {bundle.name: Method(bundle)}
             methods |= {name.removeprefix("control_").replace("_", " "): Method(bundle, (name,)) for name in controls}

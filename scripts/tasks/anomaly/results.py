@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,6 @@ class CaseSaver(FolderSaver):
             or ``abnormality``.
         case_score: takes those of a case's slices, (D,), to that of the case; None for the largest.
         picture: whether to draw the overview picture.
-        grey_range: see :func:`scripts.tasks.anomaly.figures.overview`, which is cut to the surroundings of ``organ``, if the
-            case has one.
     """
 
     endings = ("seg.nii.gz", "map.nii.gz", "healthy.nii.gz", "seg.dcm", "overview.png")
@@ -54,11 +52,10 @@ class CaseSaver(FolderSaver):
         picture: bool = True,
         slice_score: str = "probability",
         case_score: Callable[[Tensor], float] | None = None,
-        grey_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__(output_dir, meta, weights, picture)
         self.case_score = case_score or (lambda slices: slices.max().item())
-        self.channel, self.slice_score, self.grey_range = channel, slice_score, grey_range
+        self.channel, self.slice_score = channel, slice_score
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
         mask, anomaly = case["pred"], case["map"]
@@ -76,8 +73,6 @@ class CaseSaver(FolderSaver):
                 label=upright(case["label"]) if case.get("label") is not None else None,
                 title=name,
                 channel=self.channel,
-                region=upright(case["organ"]) if case.get("organ") is not None else None,
-                grey_range=self.grey_range,
             )
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
