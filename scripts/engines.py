@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from scripts.data.cohort import root_cause, table_rows
 from scripts.files import written_aside
 from scripts.precision import arithmetic, hardware
+from scripts.samplers import mean_of_processes
 
 __all__ = ["CohortEvaluator", "DiffusionTrainer", "DiffusionValidator", "distributed", "ema_of"]
 
@@ -148,10 +149,7 @@ class DiffusionTrainer(SupervisedTrainer):
             )
         engine.optimizer.step()
         engine.ema.update_parameters(engine.network)
-        values = torch.stack([loss.detach(), *(value.detach() for value in losses.values())])
-        if dist.is_initialized():
-            dist.all_reduce(values)
-            values /= dist.get_world_size()
+        values = mean_of_processes(torch.stack([loss, *losses.values()]))
         return dict(zip(["loss", *losses], values.tolist(), strict=True))
 
 

@@ -143,7 +143,7 @@ def from_batch(x: Tensor, number: int) -> Tensor:
 
 
 def mean_of_processes(value: Tensor) -> Tensor:
-    """Mean of a number that each process has one of, without a gradient; of one process its own."""
+    """Mean of what each process has one of, any shape, without a gradient; of one process its own."""
     value = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(value)

@@ -19,9 +19,9 @@ from torch import Tensor
 from scripts.metrics import CohortMetrics, bootstrap_interval, dice
 from scripts.transforms import upright
 
-BOOTSTRAPPED = ("dice", "slice_dice", "all_slices_dice", "healthy_ml", "control_dice", "control_healthy_ml")
 __all__ = ["SIZES", "AnomalyMetrics", "BinnedScores", "ImageMetrics", "cohort_figures", "lesions_found"]
 
+BOOTSTRAPPED = ("dice", "slice_dice", "all_slices_dice", "healthy_ml", "control_dice", "control_healthy_ml")
 SIZES = {"below 1 ml": (0.0, 1.0), "1 to 10 ml": (1.0, 10.0), "above 10 ml": (10.0, math.inf)}  # of lesions
 
 
