@@ -64,7 +64,8 @@ def without_finer(image: MetaTensor, pixdim: Sequence[float]) -> MetaTensor:
 class FitSlicesd(MapTransform, InvertibleTransform):
     """Bring the slices of a volume (C, H, W, D) to the network's size; the number of slices stays.
 
-    A CT in Hounsfield units (``meta["units"]`` of :class:`ScaleIntensityByWindow`) is resampled in the plane to
+    What lies in the network's frame already (``meta["framed"]`` of :class:`scripts.heads.FrameHeadd`) is left as it is. A CT
+    in Hounsfield units (``meta["units"]`` of :class:`ScaleIntensityByWindow`) is resampled in the plane to
     ``pixdim`` and then cut or padded. Everything else, pictures and stacks of them, has no
     millimetres to trust: each slice is stretched to the size, and left bit for bit if it has it already. Both smooth
     before they sample more coarsely, or else the noise of a fine grid would stay in full.
@@ -102,7 +103,9 @@ class FitSlicesd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             image = convert_to_tensor(d[key], track_meta=True).clone()  # its trace will be written to
             size = image.shape[1:]
-            if image.meta.get("units") == "hounsfield":
+            if image.meta.get("framed"):
+                way = "as it is"
+            elif image.meta.get("units") == "hounsfield":
                 way, image = "millimetres", without_finer(image, [self.pixdim, self.pixdim, -1])
             else:
                 way = "as it is" if tuple(size[:2]) == self.spatial_size else "stretched"

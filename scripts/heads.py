@@ -1,7 +1,7 @@
-"""Finds the head in pictures of a CT, and brings it to the frame that a network was trained on.
+"""Finds the head in pictures and volumes of CT, and brings it to the frame that a network was trained on.
 
-A CT in Hounsfield units has millimetres and a scale of grey levels to trust. A picture has neither: its head may have any
-size, place and window. What is the same in all of them is the head itself.
+A picture has no millimetres, and its head may have any size, place and window; in a volume it may lie turned and out of the
+middle. What is the same in all of them is the head itself.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from monai.data import MetaTensor
 from monai.transforms import GaussianSmooth, InvertibleTransform, MapTransform, SpatialResample
 from monai.utils import convert_to_numpy, convert_to_tensor
 from scipy import ndimage
-from skimage.measure import label, regionprops
+from skimage.measure import label
 
 from scripts.transforms import with_meta
 
-__all__ = ["FrameHeadd", "find_head", "head_mask"]
+__all__ = ["FrameHeadd", "find_head", "head_mask", "median_head", "mirrored"]
 
 logger = logging.getLogger(__name__)
 
-MOST_TURNED = np.pi / 6  # a head that seems turned by more is round, or no head
+MOST_TURNED = np.pi / 6  # further no head is turned
+ANGLES = 30  # on either side that are tried
+UPRIGHT = 0.02  # of the mean difference of the sides, which a head must be more alike by to be turned by that much
+NEARLY = 0.8  # of the largest area of a head in a stack
+MOST_SLICES = 15  # of a stack that its head is measured on
 IN_PLANE = ndimage.generate_binary_structure(2, 1)[None]  # neighbours within a slice
-OVAL = 1.08  # least ratio of length to width at which the long axis is the head's
 
 
 def head_mask(slice_: np.ndarray) -> np.ndarray:
@@ -58,8 +61,8 @@ class Head:
     """Where a head is in a picture.
 
     Args:
-        centre: of its box, in pixels.
-        angle: from the picture's first axis to its long axis, in radians.
+        centre: of its box, row and column.
+        angle: from the picture's vertical to its long axis, in radians.
         height: along its long axis, in pixels.
     """
 
@@ -68,20 +71,65 @@ class Head:
     height: float
 
 
-def find_head(mask: np.ndarray) -> Head:
-    """The box of a head along its long axis, which is that of the second moments.
+def find_head(mask: np.ndarray, slice_: np.ndarray) -> Head:
+    """The box of a head along its axis of symmetry.
 
     Args:
-        mask: (H, W), not empty.
+        mask: (rows, columns), not empty, nose or back of the head up.
+        slice_: the same slice, grey levels in [0, 1].
     """
-    region = regionprops(mask.astype(np.uint8))[0]
-    oval = region.axis_major_length > OVAL * region.axis_minor_length
-    angle = region.orientation if oval and abs(region.orientation) < MOST_TURNED else 0.0
-    middle = np.array(region.centroid)
+    middle = np.array(ndimage.center_of_mass(mask))
+    angle = symmetry_angle(mask, slice_)
     turn = _turn(angle)
-    along = (region.coords - middle) @ turn
+    along = (np.argwhere(mask) - middle) @ turn
     low, high = along.min(axis=0), along.max(axis=0)
     return Head(tuple(middle + turn @ ((low + high) / 2)), angle, float(high[0] - low[0] + 1))
+
+
+def symmetry_angle(mask: np.ndarray, slice_: np.ndarray) -> float:
+    """How far the axis on both sides of which a head is most alike is turned from the vertical, in radians.
+
+    The sides of a coarse copy are compared about the centre of mass, at angles up to ``MOST_TURNED``; a head that hardly
+    has sides, as a round one of one grey level, counts as upright.
+
+    Args:
+        mask: (rows, columns), not empty.
+        slice_: grey levels in [0, 1].
+    """
+    middle, radius = np.array(ndimage.center_of_mass(mask)), np.sqrt(mask.sum() / np.pi)
+    step, half = radius / 20, 32
+    image = ndimage.gaussian_filter(np.where(mask, slice_, 0.0).astype(np.float32), step / 2)
+    grid = np.mgrid[-half : half + 1, -half : half + 1].reshape(2, -1) * step
+    angles = np.arange(-ANGLES, ANGLES + 1) * (MOST_TURNED / ANGLES)
+    unlike = []
+    for angle in angles:
+        turned = ndimage.map_coordinates(image, _turn(angle) @ grid + middle[:, None], order=1, prefilter=False)
+        turned = turned.reshape(2 * half + 1, -1)
+        unlike.append(np.abs(turned - turned[:, ::-1]).mean())
+    unlike = np.array(unlike) + UPRIGHT * np.mean(unlike) * np.abs(angles) / MOST_TURNED
+    return float(angles[np.argmin(unlike)])
+
+
+def mirrored(slice_: np.ndarray, head: Head) -> np.ndarray:
+    """A slice (rows, columns) with the sides of its head exchanged."""
+    flip = _turn(head.angle) @ np.diag([1.0, -1.0]) @ _turn(-head.angle)
+    middle = np.array(head.centre)
+    return ndimage.affine_transform(slice_, flip, middle - flip @ middle, order=1, mode="nearest")
+
+
+def median_head(masks: np.ndarray, slices: np.ndarray) -> Head:
+    """The head of a stack, by the median over the slices that show nearly as much of it as the fullest one.
+
+    Args:
+        masks: (D, rows, columns), not all empty.
+        slices: the same, grey levels in [0, 1].
+    """
+    areas = masks.sum(axis=(1, 2))
+    full = np.flatnonzero(areas >= NEARLY * areas.max())
+    heads = [find_head(masks[i], slices[i]) for i in full[:: -(-len(full) // MOST_SLICES)]]
+    centre = np.median([head.centre for head in heads], axis=0)
+    angle, height = (float(np.median([getattr(head, name) for head in heads])) for name in ("angle", "height"))
+    return Head((float(centre[0]), float(centre[1])), angle, height)
 
 
 def _turn(angle: float) -> np.ndarray:
@@ -89,19 +137,21 @@ def _turn(angle: float) -> np.ndarray:
 
 
 class FrameHeadd(MapTransform, InvertibleTransform):
-    """Bring the head in pictures (``meta["units"]`` is ``grey``) to the place, size and grey levels of the training's.
+    """Bring the head in pictures and CT volumes to the place, size and grey levels of the training's.
 
-    All slices of a stack are moved alike, by the head of the slice that shows most of it: turned upright, its height made
-    ``height``, its box put into the middle. Around the head, where tables and burnt-in text are, is air. Grey levels are
-    scaled linearly so that the background becomes ``air`` and the median of the soft tissue ``tissue``; ``meta`` of the
-    result says how they come back (``intensity_scale``, ``intensity_offset``, and ``intensity_lowest``, which is air, beyond
-    the frame too). Pictures that have the network's size already are left as they are, and so are those in which no head is
-    found, with a warning that names the file.
+    All slices of a stack are moved alike, by the median head of the slices that show nearly as much of it as the fullest
+    one: turned upright by its axis of symmetry, its height made ``height``, its box put into the middle. Around the heads,
+    where tables and burnt-in text are, is air. Grey levels are scaled linearly so that the background becomes ``air`` and
+    the median of the soft tissue ``tissue``. ``meta`` of the result says how they come back (``intensity_scale``,
+    ``intensity_offset``, and ``intensity_lowest``, which is air, beyond the frame too), and that the frame is the network's
+    (``framed``). Grey pictures that have the network's size already are left as they are, and so is what shows no head,
+    with a warning that names the file.
 
     The inverse brings back the grid, not the grey levels, see :class:`scripts.transforms.ScaleIntensityByForeground`.
 
     Args:
-        keys: keys of the pictures (C, H, W, D), scaled to [0, 1], upright.
+        keys: keys of the slices (C, W, H, D), scaled to [0, 1]: columns first, as pictures and volumes in LPS are, with
+            the nose or the back of the head up.
         spatial_size: height and width of the network's slices.
         height: of the head along its long axis, in pixels of the network; 0 leaves everything as it is.
         air: grey level of the background.
@@ -127,17 +177,17 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             image = convert_to_tensor(d[key], track_meta=True).clone()  # its trace will be written to
             size, framed = image.shape[1:], False
-            if self.height and image.meta.get("units") == "grey" and tuple(size[:2]) != self.spatial_size:
-                slices = image[0].numpy().transpose(2, 0, 1)
+            as_trained = image.meta.get("units") == "grey" and tuple(size[:2]) == self.spatial_size
+            if self.height and not as_trained:
+                slices = image[0].numpy().transpose(2, 1, 0)
                 masks = np.stack([head_mask(slice_) for slice_ in slices])
-                largest = masks.sum(axis=(1, 2)).argmax()
-                framed = bool(masks[largest].any())
+                framed = bool(masks.any())
                 if framed:
-                    head = find_head(masks[largest])
+                    head, largest = median_head(masks, slices), masks.sum(axis=(1, 2)).argmax()
                     image = self._moved(self._scaled(image, slices[largest], masks[largest], masks, head), head)
                 else:
                     name = image.meta.get("filename_or_obj", "image")
-                    logger.warning(f"{name}: no head is found, the whole picture is taken for one")
+                    logger.warning(f"{name}: no head is found, {self._unframed(image)}")
             d[key] = image
             self.push_transform(d[key], orig_size=size, extra_info={"framed": framed})
         return d
@@ -149,6 +199,12 @@ class FrameHeadd(MapTransform, InvertibleTransform):
                 d[key] = self.resample.inverse(d[key])
         return d
 
+    @staticmethod
+    def _unframed(image: MetaTensor) -> str:
+        if image.meta.get("units") == "hounsfield":
+            return "the middle of its slices is taken as it is: is this a head, and are its values Hounsfield units?"
+        return "the whole picture is taken for one"
+
     def _scaled(self, image: MetaTensor, largest: np.ndarray, mask: np.ndarray, masks: np.ndarray, head: Head) -> MetaTensor:
         """The image with air around its heads and the training's grey levels, smoothed for the coarser grid."""
         background = float(np.median(largest[~mask])) if not mask.all() else 0.0
@@ -156,7 +212,7 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         soft = inside[(inside > background + 0.08) & (inside < 0.9)]
         factor = (self.tissue - self.air) / (float(np.median(soft)) - background) if len(soft) else 1.0
         scaled = (self.air + factor * (image.as_tensor() - background)).clamp(self.air, 1)
-        around = torch.from_numpy(ndimage.binary_dilation(masks, IN_PLANE, iterations=2)).permute(1, 2, 0)
+        around = torch.from_numpy(ndimage.binary_dilation(masks, IN_PLANE, iterations=2)).permute(2, 1, 0)
         scaled = torch.where(around, scaled, self.air)
         sigma = max((head.height / self.height - 1) / 2, 0.0)
         scales, offsets = image.meta["intensity_scale"], image.meta["intensity_offset"]
@@ -165,6 +221,7 @@ class FrameHeadd(MapTransform, InvertibleTransform):
         return with_meta(
             convert_to_tensor(smooth, track_meta=False) + self.air,
             like=image,
+            framed=True,
             intensity_lowest=self.air,
             intensity_scale=[scale / factor for scale in scales],
             intensity_offset=[offset + scale * back for scale, offset in zip(scales, offsets, strict=True)],
@@ -172,9 +229,11 @@ class FrameHeadd(MapTransform, InvertibleTransform):
 
     def _moved(self, image: MetaTensor, head: Head) -> MetaTensor:
         """The image on the network's grid."""
-        matrix = np.eye(4)  # from pixels of the network's grid to those of the picture
-        matrix[:2, :2] = _turn(head.angle) * head.height / self.height
-        matrix[:2, 3] = np.array(head.centre) - matrix[:2, :2] @ (np.array(self.spatial_size) - 1) / 2
+        turned = _turn(head.angle) * head.height / self.height  # from rows and columns of the network to the picture's
+        middle = (np.array(self.spatial_size[::-1]) - 1) / 2
+        matrix = np.eye(4)
+        matrix[:2, :2] = turned[::-1, ::-1]  # columns are the first axis
+        matrix[:2, 3] = (np.array(head.centre) - turned @ middle)[::-1]
         target = convert_to_numpy(image.affine) @ matrix
         # what lies beyond the picture is zero to the resampling, so that the air has to be
         moved = self.resample(image - self.air, dst_affine=target, spatial_size=(*self.spatial_size, image.shape[-1]))

@@ -117,6 +117,47 @@ def test_the_blob_is_found_in_grey_levels_and_in_hounsfield_units(cohort):
     assert dice(fine[..., 0], blob().repeat(2, axis=0).repeat(2, axis=1)) > 0.4
 
 
+def phantom(affine: np.ndarray, shape: tuple[int, int, int], angle: float = 0.0, shift: float = 0.0) -> np.ndarray:
+    """A head in Hounsfield units with blood on its left, turned about the patient's long axis and shifted to the left."""
+    x, y, z = np.einsum("ij,jabc->iabc", affine[:3, :3], np.indices(shape)) + affine[:3, 3, None, None, None]
+    x = x - shift
+    x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    r = np.hypot(x / 72, y / 92)
+    scan = np.where(r < 1, 1000.0, -1000.0)
+    scan[r < 0.9] = 33
+    scan[np.hypot(x + 28, y + 10) < 16] = 75
+    table = (y > 105) & (y < 110)
+    scan[table] = 300
+    return (scan + np.random.default_rng(0).normal(0, 3, shape)).astype(np.float32)
+
+
+def test_a_head_in_hounsfield_units_may_lie_turned_and_shifted(tmp_path):
+    """The same blood is found at the same place of the patient, on the grid of each scan, one of which is not LPS."""
+    grids = {"straight": ("LPS", 0.0, 0.0), "turned": ("LPS", 0.3, 25.0), "other_axes": ("RSA", 0.3, 25.0)}
+    dices = {}
+    for name, (axes, angle, shift) in grids.items():
+        affine = np.diag([-2.0, -2.0, 8.0, 1.0])
+        affine[:3, 3] = 127, 127, -8
+        image = nib.Nifti1Image(phantom(affine, (128, 128, 3), angle, shift), affine)
+        codes = nib.orientations.axcodes2ornt(axes)
+        image = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), codes))
+        save_nifti(tmp_path / "scans" / f"{name}.nii.gz", np.asarray(image.dataobj), image.affine)
+    assert infer(tmp_path / "scans", tmp_path / "out").returncode == 0
+    for name, (_, angle, shift) in grids.items():
+        scan = nib.load(tmp_path / "scans" / f"{name}.nii.gz")
+        mask, healthy = (nib.load(tmp_path / "out" / name / f"{name}_{what}.nii.gz") for what in ("seg", "healthy"))
+        assert mask.shape == scan.shape and np.allclose(mask.affine, scan.affine)
+        blood = phantom(scan.affine, scan.shape, angle, shift)
+        blood = (blood > 60) & (blood < 90)
+        dices[name] = dice(mask.get_fdata(), blood)
+        brain = np.abs(scan.get_fdata() - 33) < 9
+        assert np.median(np.abs(healthy.get_fdata() - 33)[brain]) < 8, "in Hounsfield units"
+    assert min(dices.values()) > 0.5, dices
+    assert max(dices.values()) - min(dices.values()) < 0.2, dices
+    rows = {row["case"]: row for row in rows_of(tmp_path / "out" / "results.csv")}
+    assert all(float(row["one_sided"]) > 0.3 for row in rows.values()), rows
+
+
 def test_healed_scan_is_in_the_units_of_the_scan(cohort):
     output, _ = cohort
     stack = nib.load(output / "good_stack" / "good_stack_healthy.nii.gz").get_fdata()

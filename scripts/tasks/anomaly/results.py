@@ -38,6 +38,7 @@ class CaseSaver(FolderSaver):
         slice_score: key, and column, of what the network says of a slice as a whole, in [0, 1]: ``probability`` of disease,
             or ``abnormality``.
         case_score: takes those of a case's slices, (D,), to that of the case; None for the largest.
+        more_scores: further keys, and columns, of the same kind, each with what takes those of the slices to the case's.
         picture: whether to draw the overview picture.
     """
 
@@ -52,10 +53,11 @@ class CaseSaver(FolderSaver):
         picture: bool = True,
         slice_score: str = "probability",
         case_score: Callable[[Tensor], float] | None = None,
+        more_scores: Mapping[str, Callable[[Tensor], float]] | None = None,
     ) -> None:
         super().__init__(output_dir, meta, weights, picture)
-        self.case_score = case_score or (lambda slices: slices.max().item())
         self.channel, self.slice_score = channel, slice_score
+        self.scores = {slice_score: case_score or (lambda slices: slices.max().item()), **(more_scores or {})}
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
         mask, anomaly = case["pred"], case["map"]
@@ -77,11 +79,12 @@ class CaseSaver(FolderSaver):
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
         meta = case["image"].meta
+        slices = {key: upright(case[key])[0].flatten(0, 1).amax(dim=0) for key in self.scores}
         return {
             **{key: meta[key] for key in ("sequences",) if "," in meta.get(key, "")},
             "finding_ml": f"{millilitres(case['pred']):.3f}",
             "score": f"{upright(case['map'])[0].flatten(0, 1).mean(dim=0).max().item():.5f}",
-            self.slice_score: f"{self.case_score(upright(case[self.slice_score])[0].flatten(0, 1).amax(dim=0)):.4f}",
+            **{key: f"{of_case(slices[key]):.4f}" for key, of_case in self.scores.items()},
             **{key: meta[key] for key in ("unlike_training", "unlike_in") if key in meta},
         }
 
