@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from scripts.heads import find_head, head_mask, mirrored
-from scripts.networks.healthy_model import NUM_QUANTILES, SCORE_PERCENTILE, Calibration
+from scripts.networks.healthy_model import NUM_QUANTILES, Calibration
 
 __all__ = ["OneSided", "OneSidedd"]
 
@@ -30,28 +30,27 @@ class OneSided:
     exceeds its healed version; both count from 0. What is darker, at the rim or alike on both sides is not seen.
 
     Args:
-        usual: percentiles of held-out healthy slices and their scores, such as ``{"50": 0.02, "97.5": 0.2}``; what lies
+        usual: percentiles of held-out healthy slices and their scores, such as ``{"50": 0.02, "90": 0.2}``; what lies
             between is interpolated, 0 is that of the percentile 0.
+        percentile: of these, whose score becomes 0.5.
         sigma: standard deviation of the smoothing, in pixels.
         reach: half the width of the square that a pixel's mirror image is looked for in, in pixels.
         rim: width of what does not count, in pixels.
 
     Raises:
-        ValueError: if the scores do not rise with the percentiles, or the 97.5th is missing.
+        ValueError: if the scores do not rise with the percentiles, or that of ``percentile`` is 0.
     """
 
-    def __init__(self, usual: Mapping[str, float], sigma: float = 0.7, reach: int = 1, rim: float = 8.0) -> None:
-        self.sigma, self.reach, self.rim = sigma, reach, rim
-        table = sorted((float(percentile), score) for percentile, score in usual.items())
-        percentiles, scores = np.array([(0.0, 0.0), *table]).T
-        if SCORE_PERCENTILE not in percentiles or (np.diff(scores) < 0).any():
-            raise ValueError(
-                f"scores of healthy slices must rise with the percentile, and name that of {SCORE_PERCENTILE}: {usual}"
-            )
-        steps = np.linspace(0, 100, NUM_QUANTILES)
-        quantiles = torch.from_numpy(np.interp(steps, percentiles, scores))
-        self.calibration = Calibration(torch.zeros(NUM_QUANTILES), quantiles, None)
-        self.limit = float(np.interp(SCORE_PERCENTILE, percentiles, scores))
+    def __init__(
+        self, usual: Mapping[str, float], percentile: float = 90.0, sigma: float = 0.7, reach: int = 1, rim: float = 8.0
+    ) -> None:
+        self.percentile, self.sigma, self.reach, self.rim = percentile, sigma, reach, rim
+        percentiles, scores = np.array([(0.0, 0.0), *sorted((float(name), score) for name, score in usual.items())]).T
+        self.limit = float(np.interp(percentile, percentiles, scores))
+        if (np.diff(scores) < 0).any() or not self.limit > 0:
+            raise ValueError(f"scores of healthy slices must rise with the percentiles, above 0: {dict(usual)}")
+        quantiles = np.interp(np.linspace(0, 100, NUM_QUANTILES), percentiles, scores)
+        self.calibration = Calibration(torch.zeros(NUM_QUANTILES), torch.from_numpy(quantiles), None)
 
     def score(self, image: np.ndarray, healthy: np.ndarray) -> float:
         """The score s of a slice.
@@ -74,13 +73,13 @@ class OneSided:
         return float(np.sqrt((smooth - other).clip(0) * unhealed.clip(0))[inner].max())
 
     def __call__(self, image: np.ndarray, healthy: np.ndarray) -> float:
-        """s / (s + h), in [0, 1), h being the 97.5th percentile of healthy slices; arguments as :meth:`score`."""
+        """s / (s + h), in [0, 1), h being the ``percentile`` of healthy slices; arguments as :meth:`score`."""
         score = self.score(image, healthy)
         return score / (score + self.limit)
 
     def of_case(self, slices: Tensor) -> float:
         """That of a case from those of its slices, (N,): :meth:`scripts.networks.healthy_model.Calibration.of_case`."""
-        return self.calibration.of_case(slices)
+        return self.calibration.of_case(slices, self.percentile)
 
 
 class OneSidedd(MapTransform):

@@ -105,18 +105,19 @@ class Calibration:
         self.check(settings)
         return score / (score + _quantile(self.scores, SCORE_PERCENTILE).clamp(min=1e-12))
 
-    def of_case(self, abnormality: Tensor) -> float:
+    def of_case(self, abnormality: Tensor, percentile: float = SCORE_PERCENTILE) -> float:
         """Abnormality of a case from those of its slices, (N,), see :meth:`abnormality`; 0 stands for an empty slice.
 
         It is that of the most unlike slice, with h the percentile below which all slices of 97.5 % of healthy cases with as
         many slices lie, if slices were independent; as neighbours are alike, fewer healthy cases are above 0.5.
+        ``percentile``: another one that the h of slices and cases is.
         """
         shown = abnormality[abnormality > 0].double().cpu()
         if not len(shown):
             return 0.0
         healthy, one = self.scores.double().cpu(), shown.max().clamp(max=1 - 1e-9)
-        score = one / (1 - one) * _quantile(healthy, SCORE_PERCENTILE).clamp(min=1e-12)
-        among_many = _quantile(healthy, 100 * (SCORE_PERCENTILE / 100) ** (1 / len(shown))).clamp(min=1e-12)
+        score = one / (1 - one) * _quantile(healthy, percentile).clamp(min=1e-12)
+        among_many = _quantile(healthy, 100 * (percentile / 100) ** (1 / len(shown))).clamp(min=1e-12)
         return (score / (score + among_many)).item()
 
 

@@ -20,6 +20,7 @@ from scripts.engines import CohortEvaluator
 from scripts.files import sha256_of
 from scripts.tasks.anomaly import results as anomaly_results
 from scripts.tasks.anomaly.results import CaseSaver
+from scripts.transforms import upright
 
 LABELS = {"outputs": {"pred": {"channel_def": {"0": "background", "2": "edema", "1": "lesion"}}}}
 
@@ -68,6 +69,15 @@ def test_the_files_hold_the_voxels_in_the_grid_of_the_scan(tmp_path):
         np.testing.assert_allclose(image.affine, AFFINE)
         assert image.get_data_dtype() == dtype and image.dataobj.slope == 1 and image.dataobj.inter == 0
     assert nib.load(tmp_path / "case1" / "case1_healthy.nii.gz").shape == (4, 5, 6, 2)
+
+
+def test_a_further_score_of_the_slices_has_a_column_of_its_own(tmp_path):
+    case = {**finding(), "one_sided": volume(1, 9)}
+    saver(tmp_path, more_scores={"one_sided": lambda slices: float(slices.min()) * len(slices)}).save(case)
+    (row,) = rows(tmp_path)
+    slices = upright(case["one_sided"])[0].flatten(0, 1).amax(dim=0)
+    assert float(row["one_sided"]) == pytest.approx(float(slices.min()) * len(slices), abs=1e-4)
+    assert list(row).index("one_sided") == list(row).index("probability") + 1
 
 
 def test_a_single_sequence_gives_3d_files(tmp_path):
