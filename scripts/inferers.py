@@ -79,6 +79,7 @@ class DisplacementInferer(Inferer):
             (``meta["num_frames"]`` of the input), or ``default_frames`` where there are no frames between.
         gammas: fractions of the way in place of evenly spaced ones.
         default_frames: see ``num_frames``.
+        inverse: find the field of the way back as well, from the target to the source.
 
     Raises:
         ValueError: for a single frame.
@@ -90,12 +91,14 @@ class DisplacementInferer(Inferer):
         num_frames: int = 0,
         gammas: Sequence[float] | None = None,
         default_frames: int = 10,
+        inverse: bool = False,
     ) -> None:
         super().__init__()
         if num_frames != 0 and num_frames < 2:
             raise ValueError(f"num_frames must be 2 at least, source and target, or 0; got {num_frames}.")
         self.network_def, self.num_frames, self.default_frames = network_def, num_frames, default_frames
         self.gammas = None if gammas is None else [float(gamma) for gamma in gammas]
+        self.inverse = inverse
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: object, **kwargs: object) -> Tensor:
         """
@@ -104,10 +107,14 @@ class DisplacementInferer(Inferer):
             network: network whose weights are taken.
 
         Returns:
-            (1, 3 F, H, W, D), in voxels, the components x, y, z of one frame after the other.
+            (1, 3 F, H, W, D), in voxels, the components x, y, z of one frame after the other; with ``inverse`` three more
+            channels, those of the way back.
         """
         network = _configured(self.network_def, network)
-        return network.displace(inputs, self.gammas or self._evenly(inputs)).flatten(1, 2).float()
+        fields = [network.displace(inputs, self.gammas or self._evenly(inputs))]
+        if self.inverse:
+            fields.append(network.displace(inputs.flip(1), [1.0]))
+        return torch.cat(fields, dim=1).flatten(1, 2).float()
 
     def _evenly(self, inputs: Tensor) -> list[float]:
         in_cine = int(getattr(inputs, "meta", {}).get("num_frames", 0))

@@ -16,6 +16,7 @@ from conftest import (
     CHEST,
     HEAD_CT,
     ONE_STEP,
+    REGISTRATION,
     SEGMENTATION,
     make_cine,
     make_ct_slice,
@@ -42,7 +43,8 @@ INFERENCES = {
     "head CT": (HEAD_CT, (), {**FEW_LEVELS, "healings": 2}),
     "head CT by stochastic steps": (HEAD_CT, (), {**FEW_LEVELS, "variant": "c", "start_level": 5, "healings": 1}),
     "chest X-ray": (CHEST, (), {"number": 3, "num_steps": 3, "batch_size": 2}),
-    "cardiac": (CARDIAC, ("evaluate",), {"refinement_steps": 2, "section": "all"}),
+    "cardiac": (CARDIAC, ("evaluate",), {"refinement_steps": 2, "coarse_steps": 1, "section": "all"}),
+    "registration": (REGISTRATION, ("evaluate",), {"refinement_steps": 2, "coarse_steps": 1, "section": "all"}),
     "segmentation": (SEGMENTATION, ("evaluate",), {"num_samples": 2, "num_steps": 2, "section": "all"}),
     "segmentation by stochastic steps": (SEGMENTATION, (), {"num_samples": 2, "num_steps": 2, "solver": "ancestral"}),
 }
@@ -103,6 +105,8 @@ TRAININGS = {
         (),
         {**CINE, "network_def#channels": [4, 4, 8], "network_def#deformation_out": 8, "clean_share": 0.0},
     ),
+    "registration": (REGISTRATION, (), {**CINE, "channels": [4, 4, 8], "deformation_out": 8}),
+    "registration, the paper's objective": (REGISTRATION, ("train_published",), {**CINE, "channels": [4, 4, 8]}),
     "cardiac, VoxelMorph": (CARDIAC, ("train_voxelmorph",), {**CINE, "network_def#out_channels": 8}),
 }
 
@@ -133,10 +137,12 @@ def make_data(folder: Path) -> None:
     for number, name in enumerate(chosen):
         for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
             save_patient(folder / f"{bundle.name}_training", name, seed=number, num_slices=4)
-        save_nifti(folder / f"{CARDIAC.name}_training" / f"{name}.nii.gz", make_cine(4, number)[0], VOXELS)
-    save_nifti(folder / CARDIAC.name / "cine.nii.gz", cine, VOXELS)
-    save_nifti(folder / CARDIAC.name / "cine_ed_gt.nii.gz", labels[..., 0], VOXELS)
-    save_nifti(folder / CARDIAC.name / "cine_es_gt.nii.gz", labels[..., -1], VOXELS)
+        for bundle in (CARDIAC, REGISTRATION):
+            save_nifti(folder / f"{bundle.name}_training" / f"{name}.nii.gz", make_cine(4, number)[0], VOXELS)
+    for bundle in (CARDIAC, REGISTRATION):
+        save_nifti(folder / bundle.name / "cine.nii.gz", cine, VOXELS)
+        save_nifti(folder / bundle.name / "cine_ed_gt.nii.gz", labels[..., 0], VOXELS)
+        save_nifti(folder / bundle.name / "cine_es_gt.nii.gz", labels[..., -1], VOXELS)
     stack = np.stack([make_ct_slice(0), make_ct_slice(1)], axis=-1)
     stack[28:38, 34:42, 0] = 220
     save_nifti(folder / HEAD_CT.name / "scan.nii.gz", stack, np.diag([-1.0, -1.0, 5.0, 1.0]))

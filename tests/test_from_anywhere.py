@@ -22,21 +22,23 @@ from PIL import Image
 from scripts.data.sections import section_of
 from scripts.release.package import package
 
-BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION = NAMES = (
+BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION = NAMES = (
     "brain_mri_anomaly_ddim",
     "brain_mri_anomaly_one_step",
     "head_ct_anomaly_ldm",
     "cardiac_mri_deformable_diffusion",
     "chest_xray_generative_vdm",
     "brain_mri_segmentation_ensemble",
+    "cardiac_mri_registration_diffusemorph",
 )
 QUICK = {
     BRAIN: {"num_steps": 1, "guidance_steps": 1},
     ONE_STEP: {},
     HEAD_CT: {"num_steps": 1, "band_levels": 1, "calibrated_for#band_levels": 1, "healings": 1},
-    CINE: {"num_frames": 2, "refinement_steps": 0},
+    CINE: {"num_frames": 2, "refinement_steps": 0, "coarse_steps": 0},
     CHEST: {"number": 1, "num_steps": 1},
     SEGMENTATION: {"num_steps": 1},
+    REGISTRATION: {"refinement_steps": 0, "coarse_steps": 0},
 }
 TRAINING = {"epochs": 1, "epoch_length": 1, "batch_size": 2, "val_interval": 2}
 QUICK_TRAINING = {
@@ -46,6 +48,7 @@ QUICK_TRAINING = {
     CINE: {"spatial_size": [32, 32, 8]},
     CHEST: {"spatial_size": [16, 16], "network_def#channels": [32, 32], "network_def#num_steps": 2},
     SEGMENTATION: {"spatial_size": [32, 32], "network_def#channels": [16, 32]},
+    REGISTRATION: {"spatial_size": [32, 32, 8]},
 }
 
 

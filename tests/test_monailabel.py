@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 ONE_STEP = "brain_mri_anomaly_one_step"
 MRI, CT, CINE = "brain_mri_anomaly_ddim", "head_ct_anomaly_ldm", "cardiac_mri_deformable_diffusion"
-ENSEMBLE = "brain_mri_segmentation_ensemble"
+ENSEMBLE, REGISTRATION = "brain_mri_segmentation_ensemble", "cardiac_mri_registration_diffusemorph"
 # what is asked for: few steps, to be quick, and every voxel in the mask that has anything in the map
 QUICK = {
     MRI: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.02, "min_volume": 0.0},
@@ -43,6 +43,7 @@ QUICK = {
     CT: {"num_steps": 2, "percentile": 50.0, "threshold": 0.02},
     CINE: {"num_frames": 2, "min_motion": 0.1},
     ENSEMBLE: {"num_samples": 2, "num_steps": 2, "threshold": 0.02},
+    REGISTRATION: {"refinement_steps": 2, "min_motion": 0.1},
 }
 # one setting of the network (frames leave the mask of what moves as it is), one of the postprocessing
 CHANGES = {
@@ -51,6 +52,7 @@ CHANGES = {
     CT: ({"start_level": 200}, {"threshold": 0.9}),
     CINE: ({"min_motion": 0.5},),
     ENSEMBLE: ({"num_steps": 1}, {"threshold": 0.6}),
+    REGISTRATION: ({"refinement_steps": 1}, {"min_motion": 0.5}),
 }
 
 # beside a CPU build of PyTorch, PyPI's torchvision lacks its own operators, which nobody here needs
@@ -217,7 +219,7 @@ def run_bundle(server: Server, name: str, image: str, output: Path, **settings: 
 
 
 def scan_for(name: str) -> str:
-    return {CT: "ct_0", CINE: "cine_0"}.get(name, "mri_1")
+    return {CT: "ct_0", CINE: "cine_0", REGISTRATION: "cine_0"}.get(name, "mri_1")
 
 
 def test_info_names_every_packaged_bundle_with_its_settings_and_its_trainer(server):

@@ -29,6 +29,7 @@ __all__ = ["LoadCined", "assume_spacing", "find_cines", "lost_spacing", "slice_a
 logger = logging.getLogger(__name__)
 
 THICK_MM = 5.0  # slices this far apart are of a stack, whose pixels are hardly 1 mm by chance
+ENDS = (("ed", "es"), ("moving", "fixed"))  # of the names of two files
 MIN_HEART_MM = 30.0  # no heart is shorter
 HOW_TO_ASSUME = 'give the spacing in the plane and that of the slices by --assumed_spacing "[1.5,1.5,10]"'
 
@@ -73,13 +74,21 @@ def _cine(folder: Path) -> dict | None:
         return _with_labels({**case, "image": whole, "frames": frames}, *labels)
     if cropped := nifti_of(folder, f"{name}_ed2es"):
         return _with_labels({**case, "image": cropped}, *(file_or_files(folder, f"{name}_{end}_gt") for end in ("ed", "es")))
+    return _two_files(folder, case)
+
+
+def _two_files(folder: Path, case: dict) -> dict | None:
+    """The case with its source and target, two 3-D files whose names end in one of :data:`ENDS`."""
     names = [stem_of(path) for path in visible(folder) if path.name.lower().endswith(NIFTI)]
-    stems = sorted(name.removesuffix("_ed") for name in names if name.endswith("_ed"))
-    ends = [nifti_of(folder, f"{stem}_{end}") for stem in stems[:1] for end in ("ed", "es")]
-    if len(ends) == 2 and all(ends):
-        return _with_labels(
-            {**case, "image": ends}, *(file_or_files(folder, f"{stems[0]}_{end}_gt") for end in ("ed", "es"))
-        )
+    for ends in ENDS:
+        for name in names:
+            if f"_{name}".endswith(f"_{ends[0]}"):
+                stem = name.removesuffix(ends[0])
+                paths = [nifti_of(folder, stem + end) for end in ends]
+                if all(paths):
+                    return _with_labels(
+                        {**case, "image": paths}, *(file_or_files(folder, f"{stem}{end}_gt") for end in ends)
+                    )
     return None
 
 
@@ -135,7 +144,8 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
       from 1), labels ``<patient>_frameNN_gt.nii.gz``;
     - patients of cropped ACDC: ``<patient>/<patient>_ed2es.nii.gz``, from end-diastole to end-systole, labels
       ``<patient>_ed_gt.nii.gz`` and ``<patient>_es_gt.nii.gz``;
-    - pairs: ``<case>/<any>_ed.nii.gz`` and ``<case>/<any>_es.nii.gz``, 3-D, labels ``<any>_ed_gt.nii.gz``, …;
+    - pairs: ``<case>/<any>_ed.nii.gz`` and ``<case>/<any>_es.nii.gz``, 3-D, labels ``<any>_ed_gt.nii.gz``, …; or the same
+      with ``moving`` and ``fixed``;
     - 4-D NIfTI files, whose frames are found (:class:`LoadCined`) unless ``frames.csv`` (columns ``file``, ``ed``, ``es``,
       which counts frames from 0) says which; labels ``<stem>_ed_gt.nii.gz``, ….
 
@@ -166,8 +176,8 @@ def find_cines(dataset_dir: str | Path, section: str = "all", fractions: Sequenc
     if not cases:
         raise FileNotFoundError(
             f"{root}: no cine found; expected <patient>/<patient>_4d.nii.gz with Info.cfg (ACDC), "
-            "<patient>/<patient>_ed2es.nii.gz, <case>/<any>_ed.nii.gz with <case>/<any>_es.nii.gz, or 4-D NIfTI files, "
-            "with a frames.csv (file, ed, es) or without"
+            "<patient>/<patient>_ed2es.nii.gz, <case>/<any>_ed.nii.gz with <case>/<any>_es.nii.gz (or moving and fixed), or "
+            "4-D NIfTI files, with a frames.csv (file, ed, es) or without"
         )
     left = [path for path, case in found.items() if not case] + others_in(visible(root), NIFTI)
     if left:
@@ -246,6 +256,7 @@ class LoadCined(LoadSequencesd):
     - the first and the last frame of two, and of a file that says so by its name, ``*_ed2es.nii.gz``;
     - else the first frame and the one that :func:`scripts.data.phases.find_end_systole` finds, which a warning tells.
 
+    Where ``data["backward"]`` is true, a 4-D file's go from target to source.
     A cine is one cycle: if the target comes before the source, the frames between go on at the start of the file.
 
     The result is ``data[key]``, (2, H, W, D) with source and target or, with ``frames="all"``, (F, H, W, D); and in the
@@ -264,6 +275,7 @@ class LoadCined(LoadSequencesd):
         frames_key: key of the numbers of source and target.
         cine_key: key of all frames.
         assumed_spacing: two spacings in the plane and that of the slices, in mm, for headers that have lost them.
+        grid: of two files, whose grid the other is brought to, that of ``source`` or of ``target``.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
@@ -281,9 +293,14 @@ class LoadCined(LoadSequencesd):
         frames_key: str = "frames",
         cine_key: str = "cine",
         assumed_spacing: Sequence[float] | None = None,
+        grid: str = "source",
         allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, ("source", "target"), allow_missing_keys=allow_missing_keys)
+        if grid not in ("source", "target"):
+            raise ValueError(f"grid must be source or target, got {grid}.")
+        self.turned = grid == "target"  # the file that is read first keeps its grid
+        names = ("source", "target")
+        super().__init__(keys, names[::-1] if self.turned else names, allow_missing_keys=allow_missing_keys)
         if frames not in ("ends", "all"):
             raise ValueError(f"frames must be ends or all, got {frames}.")
         if assumed_spacing is not None and (len(assumed_spacing) != 3 or min(assumed_spacing) <= 0):
@@ -297,9 +314,15 @@ class LoadCined(LoadSequencesd):
             raise ValueError(d["failure"])
         for key in self.key_iterator(d):
             paths = ensure_tuple(d[key])
-            cine = (
-                self._load_frames(paths[0], d.get(self.frames_key, self.ends)) if len(paths) == 1 else self._load_list(paths)
-            )
+            if len(paths) == 1:
+                cine = self._load_frames(paths[0], d.get(self.frames_key, self.ends))
+                if d.get("backward"):
+                    cine = _backward(cine)
+            elif self.turned:
+                paths = paths[::-1]
+                cine = self._load_list(paths).flip(0)
+            else:
+                cine = self._load_list(paths)
             if torch.equal(cine[0].as_tensor(), cine[-1].as_tensor()):
                 raise ValueError(f"{paths[0]}: source and target are the same image; give two different frames.")
             self._describe(cine, paths[0])
@@ -372,3 +395,11 @@ class LoadCined(LoadSequencesd):
         unit = {"msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1], 1.0)
         cine.meta["time_step"] = unit * float(header["pixdim"][4]) if header["dim"][0] > 3 else 0.0
         cine.meta["num_frames"] = len(cine)
+
+
+def _backward(cine: MetaTensor) -> MetaTensor:
+    """The frames from target to source."""
+    first, last = (cine.meta[name] for name in ("source_frame", "target_frame"))
+    cine = cine.flip(0)
+    cine.meta |= {"source_frame": last, "target_frame": first}
+    return cine

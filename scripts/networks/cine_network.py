@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ class CineNet(nn.Module):
             which sees source and target alone.
         refinement_steps: gradient steps by which ``forward`` improves the networks' field of a pair, lowering what they
             are trained by; no frame between is looked at. 0 in the paper.
+        coarse_steps: steps before these at half the resolution, see :func:`scripts.networks.registration.refine`.
+        time_curve: how much of the refined way is gone at evenly spaced γ from 0 to 1, in between linearly, the same for all
+            hearts, see :func:`scripts.networks.registration_controls.fit_time_curve`; None for what the networks say.
         window: edge in voxels of the window of the normalised cross-correlation.
         max_batch: number of frames that go through a network at once; a few, which the processor's memory keeps up with.
         amp: bfloat16 in the networks, see :func:`scripts.precision.autocast`.
@@ -64,6 +68,8 @@ class CineNet(nn.Module):
         folding: float = 0.0,
         frames_weight: float = 0.0,
         refinement_steps: int = 0,
+        coarse_steps: int = 0,
+        time_curve: Sequence[float] | None = None,
         window: int = 9,
         max_batch: int = 2,
         amp: Amp = False,
@@ -75,7 +81,8 @@ class CineNet(nn.Module):
         self.reduction, self.squarings = reduction, integration_steps if diffeomorphic else 0
         self.mismatch = Mismatch(smoothness, squared_error, folding, LocalNormalizedCrossCorrelationLoss(kernel_size=window))
         self.similarity_weight, self.frames_weight = similarity_weight, frames_weight
-        self.refinement_steps, self.max_batch, self.amp = refinement_steps, max_batch, check_amp(amp)
+        self.refinement_steps, self.coarse_steps, self.time_curve = refinement_steps, coarse_steps, time_curve
+        self.max_batch, self.amp = max_batch, check_amp(amp)
 
     def motion(self, source: Tensor, target: Tensor) -> Any:
         """What is found once for pairs (B, 1, H, W, D), sizes being multiples of 8."""
@@ -90,7 +97,16 @@ class CineNet(nn.Module):
 
     def refined_velocities(self, motion: Any, gammas: Sequence[float], whole: Tensor, refined: Tensor) -> Tensor:
         """The same on the way of a refined velocity, (B, 1, 3, ...), that was ``whole`` before."""
-        return along(self.velocities(motion, gammas), whole, refined)
+        if self.time_curve is None:
+            return along(self.velocities(motion, gammas), whole, refined)
+        shares = np.interp(gammas, np.linspace(0, 1, len(self.time_curve)), self.time_curve)
+        return as_factors(shares.tolist(), refined) * refined
+
+    def whole_velocities(self, motion: Any, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity of the whole way, (B, 1, 3, ...), as the networks say it and refined."""
+        whole = self.velocities(motion, [1.0])
+        steps = (self.refinement_steps, self.coarse_steps)
+        return whole, refine(whole, source, target, self.mismatch, self.displacements, *steps)
 
     def displacements(self, velocities: Tensor) -> Tensor:
         """Displacements (B, F, 3, H, W, D) in voxels of the images, of what :meth:`velocities` gives."""
@@ -111,13 +127,13 @@ class CineNet(nn.Module):
         padding = [p for n in reversed(size) for p in (0, -n % MULTIPLE)]
         source, target = functional.pad(image.float(), padding, mode="replicate").split(1, dim=1)
         motion = self.motion(source, target)
-        if self.refinement_steps:
-            whole = self.velocities(motion, [1.0])
-            refined = refine(whole, source, target, self.mismatch, self.displacements, self.refinement_steps)
+        is_refined = bool(self.refinement_steps or self.coarse_steps)
+        if is_refined:
+            whole, refined = self.whole_velocities(motion, source, target)
         moved, fields = [gamma for gamma in gammas if gamma], []
         for i in range(0, len(moved), self.max_batch):
             chunk = moved[i : i + self.max_batch]
-            if self.refinement_steps:
+            if is_refined:
                 velocities = self.refined_velocities(motion, chunk, whole, refined)
             else:
                 velocities = self.velocities(motion, chunk)

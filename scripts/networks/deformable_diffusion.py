@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scripts.networks.cine_network import CineNet, as_factors
 from scripts.networks.pair_unet import unet_of_pairs
+from scripts.networks.quick_norms import with_quick_norms
 from scripts.precision import autocast
 from scripts.samplers import alphas_cumprod_table, draw_noised, for_batch
 
@@ -74,7 +75,7 @@ class DeformableDiffusionNet(CineNet):
             norm_num_groups=min(8, channels[0]),
         )
         if lean:
-            self.diffusion.to(memory_format=torch.channels_last_3d)
+            with_quick_norms(self.diffusion).to(memory_format=torch.channels_last_3d)
         self.deformation = unet_of_pairs(deformation_channels, deformation_out, final_channels, self.reduction, lean)
         table = alphas_cumprod_table("linear", num_levels, 1e-6, 1e-2)
         self.register_buffer("alphas_cumprod", table, persistent=False)
@@ -82,7 +83,7 @@ class DeformableDiffusionNet(CineNet):
     @property
     def published(self) -> dict[str, object]:
         """Settings of the paper's inference: each frame by itself, through the deformation module as it is."""
-        return {"lean": False, "max_batch": 1, "refinement_steps": 0}
+        return {"lean": False, "max_batch": 1, "refinement_steps": 0, "coarse_steps": 0}
 
     def noise(self, source: Tensor, target: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Estimated noise G(S, T, x_t, t), which is the latent code; all (B, 1, H, W, D), levels (B,)."""

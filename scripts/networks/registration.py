@@ -94,6 +94,7 @@ def refine(
     mismatch: Mismatch,
     displacements: Callable[[Tensor], Tensor],
     steps: int,
+    coarse_steps: int = 0,
     rate: float = 0.2,
 ) -> Tensor:
     """Fit a velocity to one pair, beginning with what a network says of it, by gradient steps of Adam.
@@ -107,11 +108,17 @@ def refine(
         mismatch: what is lowered.
         displacements: makes of velocities (B, 1, 3, ...) displacements (B, 1, 3, H, W, D).
         steps: number of steps.
+        coarse_steps: number of steps before them at half the resolution, each an eighth of the work.
         rate: length of a step, in the velocity's voxels.
 
     Returns:
         the velocity that fits better, as ``velocity``.
     """
+    if coarse_steps:
+        whole = velocity[:, 0]
+        coarse, *images = _resized(whole, 0.5), *(functional.avg_pool3d(image, 2) for image in (source, target))
+        refined = refine(coarse[:, None], *images, mismatch, displacements, coarse_steps, rate=rate)
+        velocity = (whole + _resized(refined[:, 0] - coarse, 2))[:, None]
     with torch.inference_mode(False), torch.enable_grad():
         # no gradient passes a tensor that was made in inference mode, but its copy
         source, target, velocity = source.clone(), target.clone(), velocity.clone().requires_grad_()

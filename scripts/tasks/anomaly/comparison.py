@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 COMPARED = {
     "dice": "Dice",
-    "dice_from": "from",
-    "dice_to": "to",
+    "dice_low": "from",
+    "dice_high": "to",
     "own_dice": "Dice of its own mask",
-    "own_dice_from": "from",
-    "own_dice_to": "to",
+    "own_dice_low": "from",
+    "own_dice_high": "to",
     "best_dice": "largest Dice",
     "auprc": "AUPRC",
     "slice_auroc": "slice AUROC",

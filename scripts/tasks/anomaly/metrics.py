@@ -133,7 +133,7 @@ def cohort_figures(
         truth: of each case the true mask, bool (H, W, D), and the size of a voxel in millilitres.
 
     Returns:
-        ``dice`` of the masks, mean over the cases, with its bootstrap interval (``dice_from``, ``dice_to``); the same of
+        ``dice`` of the masks, mean over the cases, with its bootstrap interval (``dice_low``, ``dice_high``); the same of
         ``own_dice``; ``recall <size>``: share of the lesions of a size that are found, see :func:`lesions_found`;
         ``best_dice`` and ``auprc`` of all voxels together; ``slice_auroc`` of the largest value of the map in a slice
         against "shows a lesion"; ``false_ml`` and ``own_false_ml``: found in lesion-free slices, millilitres a case;
@@ -161,7 +161,7 @@ def cohort_figures(
     for key in ("dice", "own_dice"):
         values = [row[key] for row in rows]
         low, high = bootstrap_interval(values)
-        figures |= {key: float(np.mean(values)), f"{key}_from": low, f"{key}_to": high}
+        figures |= {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
     for size, (least, most) in SIZES.items():
         hits = [hit for volume, hit in lesions if least <= volume < most]
         figures[f"recall {size}"] = float(np.mean(hits)) if hits else math.nan

@@ -71,7 +71,7 @@ def cine_benchmark(
         judge=difference,
         columns={"difference": ("largest difference", ".1e")},
         others={
-            "without refinement": build_network(bundle, amp=False, refinement_steps=0),
+            "without refinement": build_network(bundle, amp=False, refinement_steps=0, coarse_steps=0),
             "refinement alone": control(bundle).to(device),
         },
     )

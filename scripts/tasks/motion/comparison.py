@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = {
     **FIGURES,
     **{f"dice_after_{name}": ((f"dice_after_{name}",), np.mean) for name in ("rv", "myo", "lv")},
-    "folding_percent": (("folding_percent",), np.mean),
+    **{name: ((name,), np.mean) for name in ("middle_psnr_gain", "folding_percent", "inverse_consistency_mm")},
     "ejection_fraction_abs_error": (("ejection_fraction_error",), lambda errors, axis=None: np.mean(np.abs(errors), axis)),
     "seconds": (("seconds",), np.mean),
 }
@@ -31,7 +31,9 @@ HEADINGS = {
     "gap_closed": ("gap closed", ".3f"),
     "less_psnr_gain": ("dB more than the first", "+.2f"),
     "less_gap_closed": ("gap closed more than by the first", "+.3f"),
+    "middle_psnr_gain": ("gain in the middle in dB", "+.2f"),
     "folding_percent": ("folding %", ".3f"),
+    "inverse_consistency_mm": ("inverse consistency in mm", ".2f"),
     "ejection_fraction_abs_error": ("error of the ejection fraction", ".1f"),
     "seconds": ("seconds", ".1f"),
 }
@@ -48,7 +50,7 @@ def compare_cines(folders: Mapping[str, Path], path: Path) -> list[dict]:
     Returns:
         rows with ``method``, ``group`` (``all`` among them), ``patients``, and of each figure (``psnr_gain`` in dB,
         ``dice_after`` and by structure, ``gap_closed``, ``folding_percent``, ``ejection_fraction_abs_error`` in percentage
-        points, ``seconds``) the figure of the cohort, ``…_lower`` and ``…_upper``, the ends of its 95 % interval; ``less_…``
+        points, ``seconds``) the figure of the cohort, ``…_low`` and ``…_high``, the ends of its 95 % interval; ``less_…``
         are those of the difference to the first method, patient by patient.
 
     Raises:
@@ -104,7 +106,7 @@ def _difference(statistic: Callable[..., np.ndarray], number: int) -> Callable[.
 def _with_ends(name: str, values: np.ndarray, statistic: Callable[..., np.ndarray]) -> dict[str, float]:
     """A cohort's figure, of values (N, patients), and the ends of its interval."""
     lower, upper = bootstrap_interval(*values, statistic=statistic)
-    return {name: float(statistic(*values)) if values.size else math.nan, f"{name}_lower": lower, f"{name}_upper": upper}
+    return {name: float(statistic(*values)) if values.size else math.nan, f"{name}_low": lower, f"{name}_high": upper}
 
 
 def _markdown(rows: Sequence[Mapping]) -> str:
@@ -124,5 +126,5 @@ def _cell(row: Mapping, name: str, form: str) -> str:
         return "–"
     ends = ""
     if name.removeprefix("less_") in FIGURES:
-        ends = f" ({row[f'{name}_lower']:{form}} to {row[f'{name}_upper']:{form}})"
+        ends = f" ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
     return f"{row[name]:{form}}{ends}"

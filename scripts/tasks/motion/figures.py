@@ -13,9 +13,9 @@ from monai.utils import convert_to_numpy
 from PIL import Image
 
 from scripts.data.cines import slice_axis
-from scripts.figures import save_figure
+from scripts.figures import LABEL_COLOR, MASK_COLOR, Panel, draw_panels, grey_scale, save_figure
 
-__all__ = ["cine_animation", "cine_overview", "volume_curves"]
+__all__ = ["cine_animation", "cine_overview", "registration_overview", "volume_curves"]
 
 STRUCTURE_COLORS = {1: "#00b4ff", 2: "#57d14b", 3: "#ff5050"}  # right ventricle, myocardium, left ventricle
 
@@ -142,6 +142,56 @@ def cine_animation(
 
     first, *others = [picture(k) for k in [*range(len(frames)), *range(len(frames) - 2, 0, -1)]]
     first.save(path_or_buffer, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def registration_overview(
+    path_or_buffer: PathLike | BinaryIO,
+    pair: NdarrayOrTensor,
+    warped: NdarrayOrTensor,
+    displacement: NdarrayOrTensor,
+    labels: Mapping[str, NdarrayOrTensor],
+    title: str = "",
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    num_rows: int = 3,
+) -> None:
+    """Overview picture of a registration as PNG, a row a slice, from the first quarter of those that move to the last.
+
+    Args:
+        path_or_buffer: file to write, or a binary buffer.
+        pair: moving and fixed volume (2, H, W, D); the axis with the fewest voxels counts the slices.
+        warped: (1, H, W, D), in the unit of ``pair``.
+        displacement: (3, H, W, D), in mm along the three axes.
+        labels: by name, label maps (1, H, W, D), whose structures are outlined in the warped volume and the fixed one.
+        title: heading, such as the name of the case.
+        spacing: size of a voxel along the three axes, in mm.
+        num_rows: number of slices.
+    """
+    slice_dim = slice_axis(pair.shape[1:])
+    moving, fixed = _frame_slices(pair, slice_dim)
+    (made,), vectors = _frame_slices(warped, slice_dim), _frame_slices(displacement, slice_dim)
+    length = np.linalg.norm(vectors, axis=0)
+    share = np.cumsum(length.sum(axis=(0, 1)))
+    chosen = np.unique(np.searchsorted(share, share[-1] * (np.arange(num_rows) + 0.5) / num_rows).clip(0, len(share) - 1))
+    lines = dict(zip(labels, ({"colors": color, "linewidths": 1.2} for color in (LABEL_COLOR, MASK_COLOR)), strict=False))
+    outlines = [
+        (_frame_slices(label, slice_dim)[0] == value, lines[name])
+        for name, label in labels.items()
+        for value in np.unique(convert_to_numpy(label))
+        if value
+    ]
+    grey = grey_scale(moving)
+    most = np.percentile(abs(moving - fixed), 99.8)
+    errors = {"cmap": "gray", "vmin": -most, "vmax": most}
+    panels = [
+        Panel("moving", moving, grey),
+        Panel("fixed", fixed, grey, outlines),
+        Panel("warped", made, grey, outlines),
+        Panel("moving - fixed", moving - fixed, errors),
+        Panel("warped - fixed", made - fixed, errors),
+        Panel("displacement", length, {"cmap": "inferno", "vmin": 0, "vmax": length.max() or 1.0}, bar="mm"),
+    ]
+    right, up = (size for axis, size in enumerate(spacing) if axis != slice_dim)
+    draw_panels(path_or_buffer, panels, chosen, title, lines, (right, up))
 
 
 def volume_curves(path: PathLike | BinaryIO, curves: Mapping[str, Sequence[float]]) -> None:

@@ -35,24 +35,24 @@ __all__ = [
 STRUCTURES = {"rv": 1, "myo": 2, "lv": 3}  # ACDC's labels: right ventricle, myocardium, left ventricle
 
 
-def frame_errors(generated: NdarrayOrTensor, real: NdarrayOrTensor) -> tuple[float, float]:
-    """Mean PSNR and NMSE of the frames between both ends.
+def frame_errors(generated: NdarrayOrTensor, real: NdarrayOrTensor) -> tuple[list[float], list[float]]:
+    """PSNR and NMSE of each frame between both ends.
 
     Args:
         generated: (F, H, W, D).
         real: (F, H, W, D) in the same unit; PSNR takes its range, over all frames, as the range of the data.
 
     Returns:
-        peak signal-to-noise ratio in dB, and squared error divided by the squares of the real frame, each of them the mean
-        over the frames 1 to F - 2; NaN if there is none, or there are not as many generated frames as real ones.
+        of the frames 1 to F - 2, peak signal-to-noise ratio in dB, and squared error divided by the squares of the real
+        frame; nothing if there is none, or there are not as many generated frames as real ones.
     """
     generated, real = (convert_to_numpy(cine, dtype=np.float64) for cine in (generated, real))
-    if len(generated) != len(real) or len(real) < 3:
-        return math.nan, math.nan
+    if len(generated) != len(real):
+        return [], []
     data_range = real.max() - real.min()
     pairs = list(zip(real[1:-1], generated[1:-1], strict=True))
-    psnr = np.mean([peak_signal_noise_ratio(true, made, data_range=data_range) for true, made in pairs])
-    return float(psnr), float(np.mean([((true - made) ** 2).sum() / (true**2).sum() for true, made in pairs]))
+    psnr = [float(peak_signal_noise_ratio(true, made, data_range=data_range)) for true, made in pairs]
+    return psnr, [float(((true - made) ** 2).sum() / (true**2).sum()) for true, made in pairs]
 
 
 def structure_dice(pred: NdarrayOrTensor, label: NdarrayOrTensor) -> dict[str, float]:
@@ -164,12 +164,14 @@ class CineMetrics(CohortMetrics):
     Columns of ``metrics.csv`` (NaN where a figure does not exist):
 
     - ``psnr`` (dB) and ``nmse``: generated against real frames, both ends left out; ``still_psnr`` and ``still_nmse``: of
-      the source repeated; ``psnr_gain``: the difference in dB;
+      the source repeated; ``psnr_gain``: the difference in dB; ``middle_psnr_gain``: that of the frame in the middle alone,
+      of two the earlier one;
     - ``dice_before``, ``dice_after``: label maps of source and last generated frame against the target's, mean over the
       structures; ``gap_closed``: (after - before) / (1 - before); ``dice_after_rv``, ``dice_after_myo``, ``dice_after_lv``
       and the same with ``before``;
     - ``folding_percent``: share of voxels that fold; ``roughness_mm``: mean second difference of the displacement along the
-      frames;
+      frames; ``inverse_consistency_mm``, if the way back was found, see
+      :class:`scripts.tasks.motion.transforms.MeasureInverseConsistencyd`;
     - ``lv_first_ml``, ``lv_last_ml``, ``lv_true_last_ml``: volumes of the left ventricle at the source, at the last frame,
       and of the target's label map; ``lv_falls``: 1 if it never rises from one frame to the next, else 0;
     - ``ejection_fraction_percent`` and ``wall_thickening_percent`` from the first frame to the last, by the labels that were
@@ -178,7 +180,7 @@ class CineMetrics(CohortMetrics):
 
     The figures of the cohort are the means (``lv_falls``: share of the cases), but for ``gap_closed``, which is that of the
     mean Dice before and after, as the literature has it; the mean sizes of both errors are there too, as ``…_abs_error``.
-    ``…_lower`` and ``…_upper`` of ``psnr_gain``, ``dice_after`` and ``gap_closed`` are the ends of 95 % intervals, see
+    ``…_low`` and ``…_high`` of ``psnr_gain``, ``dice_after`` and ``gap_closed`` are the ends of 95 % intervals, see
     :func:`scripts.metrics.bootstrap_interval`.
     ``lv_volume.png`` draws the volumes, a line a case.
 
@@ -198,8 +200,10 @@ class CineMetrics(CohortMetrics):
 
     def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
         cine = case["cine"]
-        psnr, nmse = frame_errors(case["frames"], cine)
-        still_psnr, still_nmse = frame_errors(cine[:1].expand(len(case["frames"]), -1, -1, -1), cine)
+        psnrs, nmses = frame_errors(case["frames"], cine)
+        still_psnrs, still_nmses = frame_errors(cine[:1].expand(len(case["frames"]), -1, -1, -1), cine)
+        psnr, nmse, still_psnr, still_nmse = map(_mean, (psnrs, nmses, still_psnrs, still_nmses))
+        middle = (len(psnrs) - 1) // 2
         return {
             "case": case["case"],
             "group": case.get("group", ""),
@@ -207,10 +211,12 @@ class CineMetrics(CohortMetrics):
             "psnr": psnr,
             "still_psnr": still_psnr,
             "psnr_gain": psnr - still_psnr,
+            "middle_psnr_gain": psnrs[middle] - still_psnrs[middle] if psnrs else math.nan,
             "nmse": nmse,
             "still_nmse": still_nmse,
             **self._overlap(case),
             "folding_percent": 100 * case["folding"],
+            "inverse_consistency_mm": case.get("inverse_consistency", math.nan),
             "roughness_mm": second_difference(case["displacement"]),
             **self._volumes(case),
             **_function(case),
@@ -250,7 +256,7 @@ class CineMetrics(CohortMetrics):
         intervals = {}
         for name, (columns, statistic) in FIGURES.items():
             ends = bootstrap_interval(*([row[column] for row in self.rows] for column in columns), statistic=statistic)
-            intervals |= dict(zip((f"{name}_lower", f"{name}_upper"), ends, strict=True))
+            intervals |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
         return {"num_cases": len(self.rows), **figures, "gap_closed": gap_closed, **sizes, **intervals}
 
     def _finish(self, engine: Engine) -> None:

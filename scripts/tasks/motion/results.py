@@ -14,12 +14,12 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 
 from scripts.results import FolderSaver, millilitres, write_nifti
-from scripts.tasks.motion.figures import cine_animation, cine_overview
+from scripts.tasks.motion.figures import cine_animation, cine_overview, registration_overview
 from scripts.tasks.motion.metrics import pumping, volume_curve
 from scripts.tasks.motion.transforms import turn_vectors
 from scripts.transforms import upright
 
-__all__ = ["CineSaver"]
+__all__ = ["CineSaver", "RegistrationSaver"]
 
 
 class CineSaver(FolderSaver):
@@ -64,29 +64,32 @@ class CineSaver(FolderSaver):
         self.gammas = gammas
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
-        frames, displacement, cine = case["frames"], case["displacement"], case["cine"]
+        frames, cine = case["frames"], case["cine"]
         affine = np.asarray(cine.meta["original_affine"])
         seconds = 0.0 if self.gammas else float(cine.meta["time_step"]) * (len(cine) - 1) / (len(frames) - 1)
-        write_nifti(folder / f"{name}_cine.nii.gz", frames, np.float32, affine, seconds)
+        write_nifti(folder / f"{name}_{self.endings[0]}", frames, np.float32, affine, seconds)
         if "labels" in case:
             write_nifti(folder / f"{name}_labels.nii.gz", case["labels"], np.uint8, affine, seconds)
         write_nifti(folder / f"{name}_seg.nii.gz", case["pred"], np.uint8, affine)
-        _write_displacement(folder / f"{name}_displacement.nii.gz", displacement, affine)
+        _write_displacement(folder / f"{name}_displacement.nii.gz", case["displacement"], affine)
         if self.picture:
-            frames, displacement, cine = (upright(item.cpu()) for item in (frames, displacement, cine))
-            spacing = affine_to_spacing(frames.affine).tolist()
-            directions = frames.affine[:3, :3] / torch.tensor(spacing)
-            cine_overview(
-                folder / f"{name}_overview.png",
-                frames,
-                turn_vectors(displacement.as_tensor(), directions.inverse()),
-                real=cine,
-                labels=upright(case["labels"].cpu()) if "labels" in case else None,
-                title=", ".join([name, *self._told(case)]),
-                fractions=self.gammas,
-                spacing=spacing,
-            )
-            cine_animation(folder / f"{name}_cine.gif", frames, cine, spacing)
+            self.draw(folder, name, case)
+
+    def draw(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
+        """Write the pictures of a case into a folder."""
+        frames, displacement, cine = (upright(case[key].cpu()) for key in ("frames", "displacement", "cine"))
+        spacing = affine_to_spacing(frames.affine).tolist()
+        cine_overview(
+            folder / f"{name}_overview.png",
+            frames,
+            along_axes(displacement),
+            real=cine,
+            labels=upright(case["labels"].cpu()) if "labels" in case else None,
+            title=", ".join([name, *self._told(case)]),
+            fractions=self.gammas,
+            spacing=spacing,
+        )
+        cine_animation(folder / f"{name}_cine.gif", frames, cine, spacing)
 
     def _pumping(self, case: Mapping[str, Any]) -> dict[str, float]:
         """Figures of the carried labels, NaN without them or if the frames don't go on to the target."""
@@ -114,6 +117,63 @@ class CineSaver(FolderSaver):
             "max_displacement_mm": f"{case['motion'].max().item():.2f}",
             "folding_percent": f"{100 * case['folding']:.4f}",
         }
+
+
+class RegistrationSaver(CineSaver):
+    """Write what a registration makes of each pair, see :class:`FolderSaver`; all images lie on the fixed volume's grid.
+
+    - ``<case>/<case>_warped.nii.gz``: the moving volume, warped, (H, W, D), float32, in its own units; of several fractions
+      of the way (H, W, D, F);
+    - ``_displacement.nii.gz``: as :class:`CineSaver`'s, (H, W, D, F, 3): a voxel of the warped volume took the moving one
+      at its place plus the vector; ``_inverse.nii.gz``: that of the way back, (H, W, D, 1, 3), if it was found;
+    - ``_labels.nii.gz``: the moving volume's label map, warped likewise, uint8, if it was given;
+    - ``_seg.nii.gz``: (H, W, D), uint8, from ``pred``: 1 where tissue moves;
+    - ``_overview.png``, see :func:`scripts.tasks.motion.figures.registration_overview`.
+
+    The row in ``results.csv`` has the columns of :class:`CineSaver`; further ``correlation_before`` and
+    ``correlation_after``, that of the grey levels of the fixed volume with the moving and with the warped one; and
+    ``inverse_consistency_mm``, see :class:`scripts.tasks.motion.transforms.MeasureInverseConsistencyd`.
+    """
+
+    endings = ("warped.nii.gz", "displacement.nii.gz", "inverse.nii.gz", "labels.nii.gz", "seg.nii.gz", "overview.png")
+
+    def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
+        super().write(folder, name, case)
+        if "inverse" in case:
+            affine = np.asarray(case["cine"].meta["original_affine"])
+            _write_displacement(folder / f"{name}_inverse.nii.gz", case["inverse"], affine)
+
+    def draw(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
+        cine, displacement = upright(case["cine"].cpu()), upright(case["displacement"][-3:].cpu())
+        labels = {
+            heading: upright(case[key][-1:].cpu())
+            for heading, key in (("label of the fixed volume", "target_label"), ("label, warped", "labels"))
+            if key in case
+        }
+        registration_overview(
+            folder / f"{name}_overview.png",
+            cine[[0, -1]],
+            upright(case["frames"][-1:].cpu()),
+            along_axes(displacement),
+            labels,
+            ", ".join([name, *self._told(case)]),
+            affine_to_spacing(cine.affine).tolist(),
+        )
+
+    def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
+        moving, fixed, warped = (volume.flatten().double().cpu() for volume in (*case["cine"][[0, -1]], case["frames"][-1]))
+        alike = {
+            f"correlation_{when}": f"{torch.corrcoef(torch.stack([volume, fixed]))[0, 1]:.4f}"
+            for when, volume in (("before", moving), ("after", warped))
+        }
+        consistency = f"{case['inverse_consistency']:.3f}" if "inverse" in case else ""
+        return {**super().figures(case), **alike, "inverse_consistency_mm": consistency}
+
+
+def along_axes(displacement: MetaTensor) -> torch.Tensor:
+    """Displacements (3 F, H, W, D), in mm of the world, in mm along the axes of their image."""
+    directions = displacement.affine[:3, :3] / torch.tensor(affine_to_spacing(displacement.affine).tolist())
+    return turn_vectors(displacement.as_tensor(), directions.inverse())
 
 
 def _write_displacement(path: Path, displacement: MetaTensor, affine: np.ndarray) -> None:

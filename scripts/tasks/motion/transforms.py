@@ -9,7 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from monai.transforms import MapTransform, ScaleIntensityRange
@@ -19,18 +19,28 @@ from torch import Tensor
 
 from scripts.losses import jacobian_determinant
 
-__all__ = ["DisplacementToWorldd", "MeasureFoldingd", "ScaleIntensityBySourced", "WarpSourced", "turn_vectors"]
+__all__ = [
+    "DisplacementToWorldd",
+    "MeasureFoldingd",
+    "MeasureInverseConsistencyd",
+    "ScaleIntensityBySourced",
+    "SplitInversed",
+    "WarpSourced",
+    "turn_vectors",
+]
 
 
 class ScaleIntensityBySourced(MapTransform):
     """Bring all frames to [-1, 1] by one mapping: two percentiles of the source, the first frame, become -1 and 1.
 
-    What lies outside is clipped. Not an ``InvertibleTransform`` on purpose: ``Invertd`` of a displacement would rescale it.
+    Frames of different scans have no grey levels in common: with ``each`` a frame goes by its own percentiles. What lies
+    outside is clipped. Not an ``InvertibleTransform`` on purpose: ``Invertd`` of a displacement would rescale it.
 
     Args:
         keys: keys of the frames (F, H, W, D), any unit.
         lower: percentile that becomes -1, in [0, 100].
         upper: percentile that becomes 1, in [0, 100].
+        each: see above.
         allow_missing_keys: don't raise an error if a key is missing.
 
     Raises:
@@ -38,20 +48,30 @@ class ScaleIntensityBySourced(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, lower: float = 0.5, upper: float = 99.5, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        lower: float = 0.5,
+        upper: float = 99.5,
+        each: bool = False,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.percentiles = [lower, upper]
+        self.percentiles, self.each = [lower, upper], each
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            low, high = (float(percentile(d[key][0], q)) for q in self.percentiles)
-            if not low < high:
-                name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
-                raise ValueError(f"{name}: nearly all voxels of the source are {low:g}; export the scan again.")
-            d[key] = ScaleIntensityRange(low, high, -1.0, 1.0, clip=True)(d[key])
+            frames = d[key].split(1) if self.each else [d[key]]
+            name = getattr(d[key], "meta", {}).get("filename_or_obj", key)
+            scaled = torch.cat([torch.as_tensor(self._scaled(frame, name)) for frame in frames])
+            d[key] = convert_to_dst_type(scaled, d[key])[0]
         return d
+
+    def _scaled(self, frames: NdarrayOrTensor, name: str) -> NdarrayOrTensor:
+        low, high = (float(percentile(frames[0], q)) for q in self.percentiles)
+        if not low < high:
+            raise ValueError(f"{name}: nearly all voxels of the source are {low:g}; export the scan again.")
+        return ScaleIntensityRange(low, high, -1.0, 1.0, clip=True)(frames)
 
 
 def turn_vectors(displacement: Tensor, matrix: Tensor) -> Tensor:
@@ -80,6 +100,60 @@ class MeasureFoldingd(MapTransform):
         for key, output_key in self.key_iterator(d, self.output_keys):
             frames = torch.as_tensor(d[key]).reshape(-1, 3, *d[key].shape[1:])
             d[output_key] = max((jacobian_determinant(frame) <= 0).float().mean().item() for frame in frames)
+        return d
+
+
+class MeasureInverseConsistencyd(MapTransform):
+    """How far a point comes back from where it was, on the whole way and back: the mean of |u(p) + v(p + u(p))|.
+
+    Christensen and Johnson 2001. p goes over the voxels; 0 mm where v is the inverse of u.
+
+    Args:
+        keys: keys of the displacements (3 F + 3, H, W, D), in voxels along the axes of ``data[ref_key]``: u, the last but
+            one, and v, the last.
+        output_keys: keys of the means, in mm.
+        ref_key: key of the image whose affine is that of the grid.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_keys: KeysCollection = "inverse_consistency",
+        ref_key: str = "image",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_keys, self.ref_key = ensure_tuple_rep(output_keys, len(self.keys)), ref_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key, output_key in self.key_iterator(d, self.output_keys):
+            there, back = torch.as_tensor(d[key])[-6:].float().split(3)
+            left = there + Warp("bilinear", "border")(back[None], there[None])[0]
+            d[output_key] = turn_vectors(left, d[self.ref_key].affine[:3, :3]).norm(dim=0).mean().item()
+        return d
+
+
+class SplitInversed(MapTransform):
+    """Take the way back, the last three channels, off the displacements of the way there.
+
+    Args:
+        keys: keys of the displacements (3 F + 3, H, W, D), which keep 3 F channels.
+        output_keys: keys of the way back, (3, H, W, D).
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_keys: KeysCollection = "inverse", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_keys = ensure_tuple_rep(output_keys, len(self.keys))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key, output_key in self.key_iterator(d, self.output_keys):
+            d[key], d[output_key] = d[key][:-3], d[key][-3:]
         return d
 
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from scripts.bundle import with_weights
 from scripts.data.slices import SliceDataset
 from scripts.files import own_file
-from scripts.metrics import dice
+from scripts.metrics import bootstrap_interval, dice
 from scripts.networks.segmentation_ensemble import SegmentationEnsembleNet
 from scripts.samplers import level_grid, noise_image
 from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.tasks.segmentation.figures import reliability_figure
-from scripts.tasks.segmentation.metrics import bootstrap
 
 __all__ = ["compare_runs", "noisy_state"]
 
@@ -62,7 +61,7 @@ def compare_runs(runs: Mapping[str, PathLike], path: PathLike | None = None) -> 
     def line(name: str, values: Mapping[str, Sequence[float]], sign: str = "") -> str:
         cells = []
         for key, (_, form) in formats.items():
-            low, high = bootstrap(values[key])
+            low, high = bootstrap_interval(values[key])
             cells.append(f"{np.nanmean(values[key]):{sign}{form}} ({low:{sign}{form}} to {high:{sign}{form}})")
         return f"| {name} | " + " | ".join(cells) + " |"
 

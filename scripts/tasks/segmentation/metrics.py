@@ -16,13 +16,13 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from scripts.files import check_own, own_file
-from scripts.metrics import CohortMetrics, dice
+from scripts.metrics import CohortMetrics, bootstrap_interval, dice
 from scripts.results import millilitres
 from scripts.tables import write_rows
 from scripts.tasks.segmentation.figures import reliability_figure
 from scripts.tasks.segmentation.transforms import conformal_factor
 
-__all__ = ["SegmentationMetrics", "bootstrap", "calibration_error", "energy_distance", "reliability_bins"]
+__all__ = ["SegmentationMetrics", "calibration_error", "energy_distance", "reliability_bins"]
 
 BINS = 15
 CLOSEST = 1e-4  # to 0 and 1 that a probability counts as, or one voxel would decide the likelihood
@@ -71,15 +71,6 @@ def energy_distance(samples: Tensor, label: Tensor) -> float:
     with_label = flat @ truth
     apart = distance(with_label, size + truth.sum() - with_label)
     return 2 * apart - distance(among, size[:, None] + size[None] - among)
-
-
-def bootstrap(values: Sequence[float], level: float = 0.95, repeats: int = 5000) -> tuple[float, float]:
-    """Percentile interval of the mean over patients; of values that are not NaN, with a fixed seed."""
-    values = np.array([value for value in values if not math.isnan(value)])
-    if not len(values):
-        return math.nan, math.nan
-    means = values[np.random.default_rng(0).integers(len(values), size=(repeats, len(values)))].mean(axis=1)
-    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 class SegmentationMetrics(CohortMetrics):
@@ -191,7 +182,7 @@ class SegmentationMetrics(CohortMetrics):
     def _summarise(self, mean: Mapping[str, float], std: Mapping[str, float]) -> dict[str, float]:
         summary = {"num_cases": len(self.rows), "dice_std": std["dice"]}
         for key in self.means:
-            ends = bootstrap([row[key] for row in self.rows])
+            ends = bootstrap_interval([row[key] for row in self.rows])
             summary |= {key: mean[key], f"{key}_low": ends[0], f"{key}_high": ends[1]}
         column = {key: np.array([row[key] for row in self.rows]) for key in ("predicted_ml", "true_ml", "agreement")}
         try:

@@ -37,7 +37,7 @@ def test_every_method_gets_a_row_by_one_rule_over_all_slices(comparison):
     table = rows_of(folder / "out" / "comparison.csv")
     assert [row["seen"] for row in table] == [method.seen for method in methods.values()]
     for row in rows:
-        assert 0 <= row["dice_from"] <= row["dice"] <= row["dice_to"] <= 1
+        assert 0 <= row["dice_low"] <= row["dice"] <= row["dice_high"] <= 1
         assert 0 < row["auprc"] <= 1 and 0 < row["best_dice"] <= 1 and row["false_ml"] < 20
         assert np.isnan(row["recall below 1 ml"])  # there is none
         assert row["gflop"] > 0 or row["method"] == "smooth"

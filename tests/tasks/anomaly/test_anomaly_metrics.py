@@ -388,8 +388,8 @@ def test_figures_of_a_cohort_count_every_slice_and_lesion():
     anomaly = label * 0.8
     anomaly[0, 0, 0] = 0.5
     figures = cohort_figures([anomaly] * 2, [anomaly > 0.4] * 2, [anomaly > 0.6, anomaly > 0.9], [(label, 0.1)] * 2)
-    assert figures["dice"] == figures["dice_from"] == figures["dice_to"] == pytest.approx(40 / 41)
-    assert figures["own_dice"] == 0.5 and figures["own_dice_from"] == 0 and figures["own_dice_to"] == 1
+    assert figures["dice"] == figures["dice_low"] == figures["dice_high"] == pytest.approx(40 / 41)
+    assert figures["own_dice"] == 0.5 and figures["own_dice_low"] == 0 and figures["own_dice_high"] == 1
     assert figures["recall 1 to 10 ml"] == 1 and np.isnan(figures["recall above 10 ml"])
     assert figures["best_dice"] == figures["auprc"] == figures["slice_auroc"] == 1
     assert figures["false_ml"] == pytest.approx(0.1) and figures["own_false_ml"] == 0

@@ -17,7 +17,7 @@ def test_a_dense_window_gives_the_correlation_that_monai_gives():
 
 def test_the_control_refines_as_the_default_does_and_has_no_weights():
     without, default = control(CARDIAC), build_network(CARDIAC, amp=False)
-    for setting in ("refinement_steps", "squarings", "reduction", "amp", "gammas"):
+    for setting in ("refinement_steps", "coarse_steps", "time_curve", "squarings", "reduction", "amp", "gammas"):
         assert getattr(without, setting) == getattr(default, setting)
     for weight in ("smoothness", "squared_error", "folding"):
         assert getattr(without.mismatch, weight) == getattr(default.mismatch, weight)

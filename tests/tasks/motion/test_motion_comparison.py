@@ -34,8 +34,8 @@ def test_methods_are_compared_over_all_patients_and_in_each_group(tmp_path, capl
     gains = {key: float(row["psnr_gain"]) for key, row in rows.items()}
     assert gains["default", "all"] == 3 and gains["default", "NOR"] == 2 and gains["other", "DCM"] == 4.5
     whole = rows["other", "all"]
-    assert 0.5 <= float(whole["psnr_gain_lower"]) < 2.5 < float(whole["psnr_gain_upper"]) <= 4.5
-    ends = [float(whole[f"less_psnr_gain{end}"]) for end in ("", "_lower", "_upper")]
+    assert 0.5 <= float(whole["psnr_gain_low"]) < 2.5 < float(whole["psnr_gain_high"]) <= 4.5
+    ends = [float(whole[f"less_psnr_gain{end}"]) for end in ("", "_low", "_high")]
     assert ends == pytest.approx([-0.5, -0.5, -0.5]), "patient by patient there is no doubt"
     assert float(whole["gap_closed"]) == 0.5 and float(whole["less_gap_closed"]) == 0
     assert float(whole["ejection_fraction_abs_error"]) == 2.5 and float(whole["seconds"]) == 2

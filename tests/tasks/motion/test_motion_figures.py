@@ -8,7 +8,7 @@ from conftest import make_cine
 from made_inputs import draw, has_color
 from PIL import Image
 
-from scripts.tasks.motion.figures import cine_animation, cine_overview, volume_curves
+from scripts.tasks.motion.figures import cine_animation, cine_overview, registration_overview, volume_curves
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -81,3 +81,19 @@ def test_volumes_of_each_case_are_a_line():
     few = draw(volume_curves, {"a": [120, 100, 80]})
     more = draw(volume_curves, {"a": [120, 100, 80], "b": [90.0, 70.0]})
     assert few.shape == more.shape and not np.array_equal(few, more)
+
+
+@pytest.mark.parametrize("slice_dim", [0, 2])
+def test_a_registration_shows_both_label_maps_where_they_are(slice_dim):
+    cine, labels = (np.moveaxis(array, -1, slice_dim + 1) for array in frames())
+    field = np.moveaxis(moving(), -1, slice_dim + 1)[-3:]
+    maps = {"label of the fixed volume": labels[-1:], "label, warped": labels[:1]}
+    bare = draw(registration_overview, cine[[0, -1]], cine[:1], field, {})
+    full = draw(registration_overview, cine[[0, -1]], cine[:1], field, maps, "case 1")
+    for color in ((255, 212, 0), (0, 180, 255)):
+        assert has_color(full, color) and not has_color(bare, color)
+
+
+def test_a_registration_without_any_motion_is_drawn():
+    cine, _ = frames()
+    assert draw(registration_overview, cine[[0, -1]], cine[:1], np.zeros((3, 32, 28, 6), np.float32), {}).std() > 10

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -67,3 +68,20 @@ def test_a_row_has_the_figures_of_the_carried_labels_alone(saver):
     for name, value in carried.items():
         assert row[f"{name}_percent"] == f"{value:.1f}"
     assert row["source_frame"] == row["frames_by"] == ""  # not of one file
+
+
+def test_a_registration_is_written_as_one_volume_with_the_way_back(tmp_path):
+    case = made_case()
+    shifted = volume(np.stack([np.full((32, 28, 6), 1.5), *np.zeros((2, 32, 28, 6))]).astype(np.float32))
+    pair = {"cine": case["cine"][[0, -1]], "frames": case["frames"][-1:], "labels": case["labels"][-1:]}
+    case |= {**pair, "displacement": shifted, "inverse": -shifted, "inverse_consistency": 0.5}
+    saver = results.RegistrationSaver(tmp_path, {"name": "bundle", "version": "1"}, tmp_path / "model.pt", gammas=[1.0])
+    saver.write(tmp_path, "a", case)
+    assert {path.name for path in tmp_path.iterdir()} == {f"a_{ending}" for ending in saver.endings}
+    assert np.array_equal(nib.load(tmp_path / "a_warped.nii.gz").get_fdata(), case["frames"][0])
+    fields = [nib.load(tmp_path / f"a_{name}.nii.gz").get_fdata() for name in ("displacement", "inverse")]
+    assert fields[0].shape == (32, 28, 6, 1, 3) and np.array_equal(fields[0], -fields[1])
+    assert (fields[0][..., 0] == 1.5).all() and not fields[0][..., 1:].any()
+    row = saver.figures(case)
+    assert row["correlation_after"] == "1.0000" and float(row["correlation_before"]) < 1
+    assert row["inverse_consistency_mm"] == "0.500"

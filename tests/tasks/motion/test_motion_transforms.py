@@ -10,7 +10,14 @@ from monai.transforms import Compose, Invertd, Orientationd
 
 from scripts.data.cines import LoadCined
 from scripts.grids import Spacingd
-from scripts.tasks.motion.transforms import DisplacementToWorldd, MeasureFoldingd, ScaleIntensityBySourced, WarpSourced
+from scripts.tasks.motion.transforms import (
+    DisplacementToWorldd,
+    MeasureFoldingd,
+    MeasureInverseConsistencyd,
+    ScaleIntensityBySourced,
+    SplitInversed,
+    WarpSourced,
+)
 
 SPACING = np.diag([1.4, 1.4, 10.0, 1.0])
 
@@ -115,3 +122,26 @@ def test_labels_on_another_grid_are_refused_with_their_file(wrong, key):
         label.meta["original_affine"] = np.eye(4)
     with pytest.raises(ValueError, match=r"p_ed_gt\.nii\.gz: its grid of .* resample it"):
         warped(torch.zeros(3, 6, 5, 4), **{key: label})
+
+
+def test_a_shift_there_and_back_is_consistent_and_one_without_a_way_back_is_not():
+    there = torch.zeros(3, 12, 12, 6)
+    there[0] = 2.0
+    image = MetaTensor(torch.zeros(2, 12, 12, 6), torch.diag(torch.tensor([1.5, 1.5, 4.0, 1.0])))
+    measure = MeasureInverseConsistencyd("pred")
+    for back, expected in ((-there, 0.0), (torch.zeros_like(there), 3.0), (there, 6.0)):
+        measured = measure({"pred": torch.cat([0 * there, there, back]), "image": image})["inverse_consistency"]
+        assert measured == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_way_back_is_taken_off():
+    fields = torch.arange(9.0).view(9, 1, 1, 1)
+    split = SplitInversed("displacement")({"displacement": fields})
+    assert torch.equal(split["displacement"], fields[:6]) and torch.equal(split["inverse"], fields[6:])
+
+
+def test_frames_of_different_scans_go_by_their_own_grey_levels():
+    frame = torch.linspace(0, 1, 1000).view(1, 10, 10, 10)
+    pair = torch.cat([frame, 50 + 7 * frame])
+    one, each = (ScaleIntensityBySourced("image", each=each)({"image": pair})["image"] for each in (False, True))
+    assert torch.allclose(each[0], each[1], atol=1e-5) and torch.equal(each[0], one[0]) and (one[1] == 1).all()

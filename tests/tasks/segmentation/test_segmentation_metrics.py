@@ -12,7 +12,6 @@ from monai.data import MetaTensor
 from scripts.tasks.segmentation.evaluation import compare_runs
 from scripts.tasks.segmentation.metrics import (
     SegmentationMetrics,
-    bootstrap,
     calibration_error,
     energy_distance,
     reliability_bins,
@@ -73,14 +72,6 @@ def test_the_energy_distance_is_nought_for_samples_that_are_the_label_and_falls_
     assert energy_distance(far.expand(2, -1, -1, -1), label) == pytest.approx(2)
     assert energy_distance(torch.cat([far, label]), label) == pytest.approx(2 * 0.5 - 0.5)
     assert energy_distance(torch.zeros(2, 4, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, 4).bool()) == 0
-
-
-def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_more_patients():
-    values = np.random.default_rng(0).normal(0.8, 0.1, 400)
-    low, high = bootstrap(values)
-    assert low < values.mean() < high and high - low == pytest.approx(4 * 0.1 / 20, rel=0.2)
-    assert np.isnan(bootstrap([float("nan")])[0])
-    assert bootstrap([0.5, float("nan")]) == (0.5, 0.5)
 
 
 def test_the_evaluation_measures_masks_surfaces_volumes_and_errors(tmp_path):
