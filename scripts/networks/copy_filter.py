@@ -99,7 +99,13 @@ class CopyFilter(nn.Module):
         Returns:
             similarity, the cosine of the angle between the points, (B,) in [-1, 1], and number of the training image, (B,).
         """
-        return (self._points([image]) @ self.index.T).max(dim=1)
+        return (self.points(image) @ self.index.T).max(dim=1)
+
+    @torch.no_grad()
+    def points(self, image: Tensor) -> Tensor:
+        """Any number of images to their points, as the forward pass gives them in evaluation mode."""
+        self.eval()
+        return torch.cat([self(part) for part in image.split(256)])
 
     def limit(self, rate: float) -> float:
         """Similarity above which an image counts as a copy, which a share of held-out real images of ``rate`` exceeds.
@@ -116,15 +122,11 @@ class CopyFilter(nn.Module):
         Args:
             loaders: batches of the training images, and of the held-out images, as they are, each with ``image``.
         """
-        training, held_out = loaders
-        self.index.copy_(self._points(batch["image"] for batch in training))
-        self.held_out.copy_((self._points(batch["image"] for batch in held_out) @ self.index.T).amax(dim=1))
-
-    def _points(self, batches: Iterable[Tensor]) -> Tensor:
-        """Points of images, in batches of any size, in evaluation mode."""
-        self.eval()
-        parts = (part for batch in batches for part in batch.to(self.index.device).split(256))
-        return torch.cat([self(part) for part in parts])
+        training, held_out = (
+            torch.cat([self.points(batch["image"].to(self.index.device)) for batch in loader]) for loader in loaders
+        )
+        self.index.copy_(training)
+        self.held_out.copy_((held_out @ self.index.T).amax(dim=1))
 
 
 def load_copy_filter(

@@ -42,8 +42,9 @@ class GeneratedSaver(ResultSaver):
     ``<case>.png`` and ``<case>.nii.gz`` (uint8, from ``pred``) hold the same pixels, lying as
     :class:`scripts.data.reading.LoadSequencesd` takes pictures to lie. The text chunks of the PNG and ``descrip`` of the
     NIfTI header say that the image is generated and shows no patient, by which version of which bundle, and with which seed.
-    ``generated.csv`` gets a row an image, with what a filter against copies found (:class:`scripts.inferers.RedrawingInferer`):
-    ``copy_similarity``, ``redraws`` and ``copy``, empty without a filter; an image that is still a copy is told. At the end ``contact_sheet.png`` shows those of the lowest seeds, marked too.
+    ``generated.csv`` gets a row an image, with ``copy_similarity``, ``redraws`` and ``copy`` of a filter against copies
+    (:class:`scripts.inferers.RedrawingInferer`), empty without one; an image that is still a copy is told. At the end
+    ``contact_sheet.png`` shows those of the lowest seeds, marked too.
 
     Args:
         output_dir: where to.
