@@ -69,7 +69,8 @@ class GeneratedSaver(ResultSaver):
     def start(self, engine: Engine) -> None:
         super().start(engine)
         shipped = self.meta.get("weights_sha256", "")[:12]
-        if getattr(engine.inferer, "copies", None) is not None and self.weights_hash != shipped:
+        filters = getattr(getattr(engine, "inferer", None), "copies", None) is not None
+        if filters and self.weights_hash != shipped:
             logger.warning(
                 f"{self.weights}: are not the weights that the copy filter was shipped for; if they were trained on other "
                 "images, train a filter on those (configs/train_copy_filter.json) and give its file as --copy_weights"
