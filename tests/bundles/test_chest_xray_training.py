@@ -13,11 +13,13 @@ from monai.bundle import ConfigParser
 from PIL import Image
 from small_runs import TINY, training_images
 
+from scripts.networks.copy_filter import load_copy_filter
 from scripts.networks.noise_schedules import SCHEDULES
 from scripts.networks.variational_diffusion import VariationalDiffusionNet
 
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 CONFIGS = {"image": "configs/train.json", "medvdm": "['configs/train.json','configs/train_medvdm.json']"}
+FILTER = "['configs/train.json','configs/train_copy_filter.json']"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def pictures(tmp_path_factory) -> Path:
 def train(model: str, pictures: Path, output: Path, *args: object) -> subprocess.CompletedProcess:
     args = ("--dataset_dir", pictures, "--ckpt_dir", output, "--output_dir", output / "log", *args)
     args += ("--spatial_size", "[16,16]", "--epoch_length", 1, "--batch_size", 2, "--val_interval", 1)
-    done = run_forked(BUNDLE, CONFIGS[model], *args, *TINY[model])
+    done = run_forked(BUNDLE, CONFIGS.get(model, FILTER), *args, *TINY.get(model, ()))
     assert done.returncode == 0, done.stderr
     return done
 
@@ -57,6 +59,20 @@ def test_training_that_was_cut_off_ends_with_the_weights_of_one_that_was_not(pic
         net = VariationalDiffusionNet(spatial_size=(16, 16), channels=(32, 32))
         net.standardise([{"image": training_images(BUNDLE, pictures, spatial_size=[16, 16])}])
         assert all(torch.equal(whole[f"score.{name}"], getattr(net.score, name).half()) for name in ("mean", "std"))
+
+
+def test_a_copy_filter_whose_training_was_cut_off_ends_as_one_that_was_not_and_holds_all_training_images(pictures, tmp_path):
+    train("filter", pictures, tmp_path / "whole", "--epochs", 2)
+    train("filter", pictures, tmp_path / "cut", "--epochs", 1, "--lr_scheduler#t_total", 2)
+    done = train("filter", pictures, tmp_path / "cut", "--epochs", 2)
+    assert "going on from iteration 1" in done.stdout and not (tmp_path / "cut" / "model.pt").exists()
+    whole, cut = (torch.load(tmp_path / name / "copy_filter.pt", weights_only=True) for name in ("whole", "cut"))
+    assert list(whole) == list(cut) and all(torch.equal(whole[name], cut[name]) for name in whole)
+    network = load_copy_filter(tmp_path / "whole" / "copy_filter.pt", (16, 16))
+    images = training_images(BUNDLE, pictures, spatial_size=[16, 16])
+    assert network.index.shape == (32, 128) and network.held_out.shape == (2,)
+    similarity, numbers = network.nearest(images)
+    assert similarity.min() > 0.99 and (numbers == torch.arange(32)).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("model", CONFIGS)
