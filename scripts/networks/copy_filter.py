@@ -11,34 +11,44 @@ from pathlib import Path
 
 import torch
 from monai.config import PathLike
-from monai.losses import ContrastiveLoss
-from monai.networks.nets import ResNet
+from monai.networks.nets import Regressor
 from torch import Tensor, nn
 
 from scripts.bundle import with_weights
-from scripts.corruptions import altered_copies
+from scripts.corruptions import ALTERATIONS, altered_copies
+from scripts.networks.orientation import NUM_ORIENTATIONS, turn
 from scripts.precision import Amp, autocast
 from scripts.thresholds import rarely_exceeded
 
 __all__ = ["CopyFilter", "load_copy_filter"]
 
 
+LEARNED = [kind for kind in ALTERATIONS if kind not in ("mirror", "quarter turn")]  # the others are tried one by one
+FLAT = 0.02  # standard deviation of an image that counts as flat, in grey levels of [0, 1]
+
+
 class CopyFilter(nn.Module):
     """How alike an image is to the most similar training image, whatever was turned, mirrored or changed in contrast.
 
-    A small ResNet of MONAI's brings an image to a point on a sphere. It is trained by contrast (InfoNCE; Chen et al. 2020,
-    arXiv 2002.05709): an altered copy has to be nearer to its image than all others of the batch are. Among the weights
-    are the points of all training images (``index``; no pixels), and how alike held-out real images are to the most
-    similar training image (``held_out``), by which a threshold has a known rate of false positives.
+    A small convolutional network of MONAI's brings an image, with its mean taken away and divided by its standard deviation,
+    to a point on a sphere. It is trained by contrast (InfoNCE; Chen et al. 2020, arXiv 2002.05709): an altered copy has to
+    be nearer to its image than all others of the batch are. An image is looked for in all eight orientations, so that
+    mirrored copies and quarter turns need not be learned.
+
+    Among the weights are the points of all training images (``index``; no pixels), and how alike held-out real images are
+    to the most similar training image (``held_out``), by which a threshold has a known rate of false positives.
 
     Args:
         num_images: number of training images.
         num_held_out: number of held-out images.
-        spatial_size: height and width of an image.
+        spatial_size: height and width of an image, which are the same, and a multiple of 16.
         size: coordinates of a point.
-        channels: channels of the ResNet's four levels, multiples of 8.
+        channels: channels of the network's four levels.
         temperature: of the loss.
         amp: bfloat16 in training, see :func:`scripts.precision.autocast`; points to compare are computed in 32 bits.
+
+    Raises:
+        ValueError: for images that are not square.
     """
 
     def __init__(
@@ -47,59 +57,62 @@ class CopyFilter(nn.Module):
         num_held_out: int,
         spatial_size: Sequence[int] = (64, 64),
         size: int = 128,
-        channels: Sequence[int] = (32, 64, 128, 256),
-        temperature: float = 0.1,
+        channels: Sequence[int] = (16, 32, 64, 128),
+        temperature: float = 0.07,
         amp: Amp = False,
     ) -> None:
         super().__init__()
-        self.amp = amp
-        self.encoder = ResNet(
-            "basic",
-            [1, 1, 1, 1],
-            list(channels),
-            spatial_dims=2,
-            n_input_channels=1,
-            conv1_t_size=7,
-            conv1_t_stride=2,
-            num_classes=size,
-            norm=("group", {"num_groups": 8}),
+        if len(set(spatial_size)) > 1:
+            raise ValueError(f"a copy filter turns images, which have to be square, got {tuple(spatial_size)}")
+        self.amp, self.temperature = amp, temperature
+        self.encoder = Regressor(
+            (1, *spatial_size),
+            (size,),
+            channels=channels,
+            strides=[2] * len(channels),
+            num_res_units=1,
+            act="relu",
         )
-        self.contrast = ContrastiveLoss(temperature)
         self.register_buffer("index", torch.zeros(num_images, size))
         self.register_buffer("held_out", torch.zeros(num_held_out))
         self.register_buffer("spatial_size", torch.tensor(list(spatial_size)))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images (B, 1, H, W) in [0, 1] to points (B, size) on the unit sphere."""
+        """Images (B, 1, H, H) in [0, 1] to points (B, size) on the unit sphere."""
+        std, mean = torch.std_mean(image, dim=(2, 3), keepdim=True)
         with autocast(image, self.amp if self.training else False):
-            points = self.encoder(2 * image - 1)
+            points = self.encoder((image - mean) / (std + FLAT))
         return nn.functional.normalize(points.float(), dim=1)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What training minimises.
 
         Args:
-            image: (B, 1, H, W) in [0, 1]; the others of a batch are what an image is told from.
+            image: (B, 1, H, H) in [0, 1]; the others of a batch are what an image is told from.
             class_label: not used.
             generator: source of the alterations, see :func:`scripts.corruptions.altered_copies`.
 
         Returns:
             ``contrast``.
         """
-        copies = altered_copies(image, generator)
-        return {"contrast": self.contrast(*self(torch.cat([image, copies])).chunk(2))}
+        points = self(torch.cat([image, altered_copies(image, generator, LEARNED)]))
+        # MONAI's ContrastiveLoss is this, with a tensor of all pairs times all coordinates on the way
+        likeness = (points @ points.T / self.temperature).fill_diagonal_(-torch.inf)
+        partner = torch.arange(len(points), device=points.device).roll(len(image))
+        return {"contrast": nn.functional.cross_entropy(likeness, partner)}
 
     @torch.no_grad()
     def nearest(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The most similar training image of each image.
 
         Args:
-            image: (B, 1, H, W) in [0, 1].
+            image: (B, 1, H, H) in [0, 1].
 
         Returns:
             similarity, the cosine of the angle between the points, (B,) in [-1, 1], and number of the training image, (B,).
         """
-        return (self.points(image) @ self.index.T).max(dim=1)
+        turned = torch.stack([self.points(turn(image, k)) @ self.index.T for k in range(NUM_ORIENTATIONS)])
+        return turned.amax(dim=0).max(dim=1)
 
     @torch.no_grad()
     def points(self, image: Tensor) -> Tensor:
@@ -122,11 +135,9 @@ class CopyFilter(nn.Module):
         Args:
             loaders: batches of the training images, and of the held-out images, as they are, each with ``image``.
         """
-        training, held_out = (
-            torch.cat([self.points(batch["image"].to(self.index.device)) for batch in loader]) for loader in loaders
-        )
-        self.index.copy_(training)
-        self.held_out.copy_((held_out @ self.index.T).amax(dim=1))
+        device, (training, held_out) = self.index.device, loaders
+        self.index.copy_(torch.cat([self.points(batch["image"].to(device)) for batch in training]))
+        self.held_out.copy_(torch.cat([self.nearest(batch["image"].to(device))[0] for batch in held_out]))
 
 
 def load_copy_filter(
@@ -147,11 +158,11 @@ def load_copy_filter(
         raise ValueError(f"{path}: no such file; {mend}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        network = CopyFilter(len(state["index"]), len(state["held_out"]), size=state["index"].shape[1])
+        made_for = state["spatial_size"].tolist()
+        network = CopyFilter(len(state["index"]), len(state["held_out"]), made_for, state["index"].shape[1])
         network = with_weights(network, path)
     except Exception as error:  # torch has many ways to refuse a file
         raise ValueError(f"{path}: not the weights of a copy filter; {mend}") from error
-    made_for = network.spatial_size.tolist()
     if made_for != list(spatial_size):
         raise ValueError(f"{path}: was made for images of {' x '.join(map(str, made_for))} pixels; {mend}")
     return network.to(device)

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from scripts.corruptions import altered_copies
 from scripts.networks.copy_filter import CopyFilter, load_copy_filter
+from scripts.networks.orientation import turn
 
 
 def seeded(seed=0):
@@ -30,7 +31,7 @@ def trained():
     """A filter that has seen its 64 images a few times, the images, and held-out ones."""
     torch.manual_seed(0)
     network, training, held_out = small_filter(), textures(64), textures(40, seed=1)
-    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     network.train()
     for step in range(60):
         loss = network.losses(training, None, seeded(step))["contrast"]
@@ -74,6 +75,23 @@ def test_no_more_held_out_images_than_the_rate_are_above_the_limit(trained):
     for rate in (0.03, 0.1, 0.5):
         assert (network.held_out > network.limit(rate)).float().mean() <= rate
     assert network.limit(0.5) < network.limit(0.1) < network.limit(0.03)
+
+
+def test_a_mirrored_or_turned_copy_is_as_similar_as_the_image_itself(trained):
+    network, training, _ = trained
+    for orientation in range(8):
+        similarity, numbers = network.nearest(turn(training[7:9], orientation))
+        assert numbers.tolist() == [7, 8] and torch.allclose(similarity, torch.ones(2), atol=1e-4), orientation
+
+
+def test_gain_and_offset_of_the_grey_levels_change_a_point_little():
+    network, image = small_filter(), textures(4) / 2
+    assert (network.points(image) * network.points(0.8 * image + 0.1)).sum(dim=1).min() > 0.99
+
+
+def test_an_image_that_is_not_square_is_refused():
+    with pytest.raises(ValueError, match=r"have to be square, got \(32, 64\)"):
+        small_filter(spatial_size=(32, 64))
 
 
 def test_a_rate_that_so_few_held_out_images_cannot_tell_is_refused(trained):
