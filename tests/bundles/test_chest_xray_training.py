@@ -87,16 +87,26 @@ def test_the_configured_network_is_small_enough_to_ship(model):
     assert network.spatial_size == (64, 64)
 
 
+def test_the_unadapted_training_departs_from_the_paper_in_none_of_the_three_ways():
+    parser = ConfigParser()
+    parser.read_config([BUNDLE / "configs" / f"{n}.json" for n in ("train", "train_medvdm", "train_medvdm_unadapted")])
+    network = parser.get_parsed_content("network_def")
+    assert (network.diffusion_weight, network.weighting) == (1, "bound")
+    assert parser["augmentation#transforms"] == [] and not any("standardise" in step for step in parser["run"])
+
+
 def test_inference_and_evaluation_take_the_weights_that_training_the_papers_model_gives():
     networks = []
-    for names, wanted in ((("train", "train_medvdm"), "network_def"), (("inference", "evaluate"), "medvdm")):
+    for names, wanted in (
+        (("train", "train_medvdm"), "network_def"),
+        (("train", "train_medvdm", "train_medvdm_unadapted"), "network_def"),
+        (("inference", "inference_medvdm"), "network_def"),
+        (("inference", "evaluate"), "medvdm"),
+    ):
         parser = ConfigParser()
         parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in names])
         networks.append(parser.get_parsed_content(wanted))
-    parser = ConfigParser()
-    parser.read_config(BUNDLE / "configs" / "inference.json")
-    parser["model"] = "medvdm"
-    trained, *others = [*networks, parser.get_parsed_content("network_def")]
+    trained, *others = networks
     for network in others:
         network.load_state_dict(trained.state_dict())
         assert type(network.schedule) is type(trained.schedule) is SCHEDULES["monotonic"]
