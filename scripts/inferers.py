@@ -186,13 +186,17 @@ class RedrawingInferer(SimpleInferer):
                 raise ValueError(f"--copy_rounds must be 0 or more, got {rounds}")
         self.copies, self.rate, self.rounds = copies, rate, rounds
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: object, **kwargs: object) -> Tensor:
-        """Arguments as in MONAI.
+    def __call__(self, inputs: Tensor, network: nn.Module, **kwargs: Tensor) -> Tensor:
+        """
+        Args:
+            inputs: noise (B, 1, H, W).
+            network: takes noise to images in [0, 1].
+            kwargs: what else it takes, such as classes, (B, ...) each.
 
         Returns:
             images (B, 1, H, W); with a filter their ``meta`` has ``copy_similarity``, ``redraws`` and ``copy``, (B,).
         """
-        images = super().__call__(inputs, network, *args, **kwargs)
+        images = super().__call__(inputs, network, **kwargs)
         if self.copies is None:
             return images
         images, similarity, redraws, copy = redraw(network, inputs, images, self.copies, self.rate, self.rounds, **kwargs)

@@ -115,7 +115,7 @@ class GeneratedSaver(ResultSaver):
         found = getattr(image["pred"], "meta", {})
         if "copy" not in found:
             return {"copy_similarity": "", "redraws": "", "copy": ""}
-        similarity, redraws, copy = (found[name].item() for name in ("copy_similarity", "redraws", "copy"))
+        similarity, redraws, copy = float(found["copy_similarity"]), int(found["redraws"]), bool(found["copy"])
         if copy:
             logger.warning(
                 f"{image['case']}: looks like a copy of a training image still after {redraws} redraws (similarity "
