@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scripts.noise import coarse_noise
 from scripts.samplers import for_batch, from_batch
 
-__all__ = ["ALTERATIONS", "altered_copies", "foreign_content", "inside_of_head", "random_blobs"]
+__all__ = ["ALTERATIONS", "altered_copies", "foreign_content", "inside_of_head", "moved", "random_blobs"]
 
 NUM_BLOBS = 3
 PRESENT = (0.85, 0.35, 0.25)  # how often the first, second and third blob is there; in 0.41 of the slices it is one alone
@@ -98,6 +98,30 @@ def foreign_content(image: Tensor, generator: torch.Generator, shift: float = 0.
     return torch.where(chosen < CHANGED, content, image)
 
 
+def moved(image: Tensor, mirrored: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, padding: str = "border") -> Tensor:
+    """Images mirrored left to right, turned, enlarged and shifted, by bilinear interpolation.
+
+    Args:
+        image: (B, C, H, W) in [0, 1].
+        mirrored: bool (B,).
+        angle: (B,), in radians.
+        scale: (B,); the image is enlarged by 1 / scale.
+        shift: (B, 2), in halves of the image, along the last and the last but one axis.
+        padding: what comes in from outside: ``border`` or ``zeros``.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    flip = torch.where(mirrored, -1.0, 1.0)
+    theta = torch.zeros(len(image), 3, 3, device=image.device)
+    # in coordinates from -1 to 1, columns first: the first spatial axis, along which X-rays are mirrored, comes last
+    theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin() * flip
+    theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos() * flip
+    theta[:, :2, 2], theta[:, 2, 2] = shift, 1
+    warp = AffineTransform(normalized=True, padding_mode=padding, align_corners=False, reverse_indexing=False)
+    return warp(image, theta).clamp(0, 1)
+
+
 def altered_copies(
     image: Tensor, generator: torch.Generator, kinds: Sequence[str] = ALTERATIONS, share: float = 0.5
 ) -> Tensor:
@@ -128,18 +152,14 @@ def altered_copies(
     mirror, quarter, turn, shift, crop, contrast, noise, blur = chosen.T
     black = torch.randint(2, (), generator=generator).item()
 
-    angle = (math.pi / 12) * (2 * u[:, 0] - 1) * turn + (math.pi / 2) * (1 + 3 * u[:, 1]).floor() * quarter
-    scale = 1 - 0.25 * u[:, 2] * crop
-    flip = torch.where(mirror, -1.0, 1.0)
-    theta = torch.zeros(len(image), 3, 3, device=image.device)
-    # in coordinates from -1 to 1, columns first: the first spatial axis, along which X-rays are mirrored, comes last
-    theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin() * flip
-    theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos() * flip
-    theta[:, :2, 2] = 0.25 * (2 * u[:, 3:5] - 1) * shift[:, None]
-    theta[:, 2, 2] = 1
-    padding = "zeros" if black else "border"
-    warp = AffineTransform(normalized=True, padding_mode=padding, align_corners=False, reverse_indexing=False)
-    copies = warp(image, theta).clamp(0, 1)
+    copies = moved(
+        image,
+        mirrored=mirror,
+        angle=(math.pi / 12) * (2 * u[:, 0] - 1) * turn + (math.pi / 2) * (1 + 3 * u[:, 1]).floor() * quarter,
+        scale=1 - 0.25 * u[:, 2] * crop,
+        shift=0.25 * (2 * u[:, 3:5] - 1) * shift[:, None],
+        padding="zeros" if black else "border",
+    )
 
     def mixed(where: Tensor, changed: Tensor, amount: Tensor | float = 1.0) -> Tensor:
         return copies + (where * amount)[:, None, None, None] * (changed - copies)

@@ -6,6 +6,7 @@ of a patient with their names. This one knows no patients: it learns to tell an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,7 @@ from monai.networks.nets import Regressor
 from torch import Tensor, nn
 
 from scripts.bundle import with_weights
-from scripts.corruptions import ALTERATIONS, altered_copies
-from scripts.networks.orientation import NUM_ORIENTATIONS, turn
+from scripts.corruptions import ALTERATIONS, altered_copies, moved
 from scripts.precision import Amp, autocast
 from scripts.thresholds import rarely_exceeded
 
@@ -24,6 +24,10 @@ __all__ = ["CopyFilter", "load_copy_filter"]
 
 
 LEARNED = [kind for kind in ALTERATIONS if kind not in ("mirror", "quarter turn")]  # the others are tried one by one
+# what an image is looked for as: angle in radians, scale, shift along both axes in halves of the image; each mirrored too
+VIEWS = [(k * math.pi / 2, 1.0, 0.0, 0.0) for k in range(4)]
+VIEWS += [(0.0, 1.0, x, y) for x in (-0.15, 0.0, 0.15) for y in (-0.15, 0.0, 0.15) if x or y]
+VIEWS += [(-0.14, 1.0, 0.0, 0.0), (0.14, 1.0, 0.0, 0.0), (0.0, 1.15, 0.0, 0.0)]
 FLAT = 0.02  # standard deviation of an image that counts as flat, in grey levels of [0, 1]
 
 
@@ -32,8 +36,8 @@ class CopyFilter(nn.Module):
 
     A small convolutional network of MONAI's brings an image, with its mean taken away and divided by its standard deviation,
     to a point on a sphere. It is trained by contrast (InfoNCE; Chen et al. 2020, arXiv 2002.05709): an altered copy has to
-    be nearer to its image than all others of the batch are. An image is looked for in all eight orientations, so that
-    mirrored copies and quarter turns need not be learned.
+    be nearer to its image than all others of the batch are. An image is looked for in thirty views (:data:`VIEWS`): in all
+    eight orientations, which need not be learned then, and a little shifted, turned and reduced, upright and mirrored.
 
     Among the weights are the points of all training images (``index``; no pixels), and how alike held-out real images are
     to the most similar training image (``held_out``), by which a threshold has a known rate of false positives.
@@ -111,8 +115,16 @@ class CopyFilter(nn.Module):
         Returns:
             similarity, the cosine of the angle between the points, (B,) in [-1, 1], and number of the training image, (B,).
         """
-        turned = torch.stack([self.points(turn(image, k)) @ self.index.T for k in range(NUM_ORIENTATIONS)])
-        return turned.amax(dim=0).max(dim=1)
+        one = image.new_ones(len(image))
+        similarity, number = -one, torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        for mirrored in (False, True):
+            for angle, scale, x, y in VIEWS:
+                shift = torch.stack([x * one, y * one], dim=1)
+                view = moved(image, (one > 0) == mirrored, angle * one, scale * one, shift)
+                found = (self.points(view) @ self.index.T).max(dim=1)
+                number = torch.where(found.values > similarity, found.indices, number)
+                similarity = torch.maximum(similarity, found.values)
+        return similarity, number
 
     @torch.no_grad()
     def points(self, image: Tensor) -> Tensor:
