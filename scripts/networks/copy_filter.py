@@ -149,7 +149,9 @@ class CopyFilter(nn.Module):
         """
         device, (training, held_out) = self.index.device, loaders
         self.index.copy_(torch.cat([self.points(batch["image"].to(device)) for batch in training]))
-        self.held_out.copy_(torch.cat([self.nearest(batch["image"].to(device))[0] for batch in held_out]))
+        similarity = torch.cat([self.nearest(batch["image"].to(device))[0] for batch in held_out])
+        # rounded up to what half precision holds, so that the file's rounding raises no rate
+        self.held_out.copy_((2048 * similarity).ceil() / 2048)
 
 
 def load_copy_filter(
