@@ -51,14 +51,14 @@ def test_points_lie_on_the_unit_sphere_whatever_the_batch():
 
 def test_training_brings_altered_copies_to_their_images_and_away_from_others(trained):
     network, training, held_out = trained
-    copies = altered_copies(training, seeded(99), ("mirror", "contrast"), share=1.0)
+    copies = altered_copies(training, seeded(99), ("turn", "shift"), share=1.0)
 
     def less_alike(network):
         """Share of the other images that are less alike to a copy than its own image is."""
         similarity = network.points(copies) @ network.points(training).T
         return (similarity < similarity.diagonal()[:, None]).float().mean()
 
-    assert less_alike(network) > 0.8 and less_alike(network) > less_alike(small_filter()) + 0.1
+    assert less_alike(network) > 0.85 > less_alike(small_filter()) + 0.1
 
 
 def test_the_index_holds_the_points_of_the_training_images_and_a_training_image_finds_itself(trained):
