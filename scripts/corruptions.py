@@ -1,4 +1,4 @@
-"""Made anomalies: what a network learns to undo, that has seen no lesion.
+"""Made anomalies: what a network learns to undo, that has seen no lesion; and altered copies of images.
 
 A slice x0 is corrupted by a soft mask m and foreign content x_fp: x_1 = (1 - m)·x0 + m·x_fp, as in DISYRE (Marimont et al.
 2023, arXiv 2311.15453) and REFLECT (2025, arXiv 2508.02889).
@@ -10,17 +10,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+from monai.networks.layers import AffineTransform
 from torch import Tensor, nn
 
 from scripts.noise import coarse_noise
 from scripts.samplers import for_batch, from_batch
 
-__all__ = ["foreign_content", "inside_of_head", "random_blobs"]
+__all__ = ["ALTERATIONS", "altered_copies", "foreign_content", "inside_of_head", "moved", "random_blobs"]
 
 NUM_BLOBS = 3
 PRESENT = (0.85, 0.35, 0.25)  # how often the first, second and third blob is there; in 0.41 of the slices it is one alone
 KINDS = (0.4, 0.7)  # below the first: the slice itself, changed; below the second: another slice; above: without detail
 CHANGED = 0.75  # how often a channel is changed
+ALTERATIONS = ("mirror", "quarter turn", "turn", "shift", "crop", "contrast", "noise", "blur")  # of a copy
 
 
 def inside_of_head(image: Tensor, level: float = 0.1, window: int = 15) -> Tensor:
@@ -94,3 +96,77 @@ def foreign_content(image: Tensor, generator: torch.Generator, shift: float = 0.
     noise = coarse_noise(image.shape, 2 ** (1 + fine % 3), generator, image.device)
     content = (base + change + texture * spread * noise).clamp(0, 1)
     return torch.where(chosen < CHANGED, content, image)
+
+
+def moved(image: Tensor, mirrored: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, padding: str = "border") -> Tensor:
+    """Images mirrored left to right, turned, enlarged and shifted, by bilinear interpolation.
+
+    Args:
+        image: (B, C, H, W) in [0, 1].
+        mirrored: bool (B,).
+        angle: (B,), in radians.
+        scale: (B,); the image is enlarged by 1 / scale.
+        shift: (B, 2), in halves of the image, along the last and the last but one axis.
+        padding: what comes in from outside: ``border`` or ``zeros``.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    flip = torch.where(mirrored, -1.0, 1.0)
+    theta = torch.zeros(len(image), 3, 3, device=image.device)
+    # in coordinates from -1 to 1, columns first: the first spatial axis, along which X-rays are mirrored, comes last
+    theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin() * flip
+    theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos() * flip
+    theta[:, :2, 2], theta[:, 2, 2] = shift, 1
+    warp = AffineTransform(normalized=True, padding_mode=padding, align_corners=False, reverse_indexing=False)
+    return warp(image, theta).clamp(0, 1)
+
+
+def altered_copies(
+    image: Tensor, generator: torch.Generator, kinds: Sequence[str] = ALTERATIONS, share: float = 0.5
+) -> Tensor:
+    """Copies of images as somebody would hide that they are, or as a generative network blurs what it knows by heart.
+
+    ``mirror``: left and right. ``quarter turn``: by one to three right angles. ``turn``: by up to 15 degrees. ``shift``: by
+    up to an eighth of the image along both axes. ``crop``: the image enlarged by up to 4/3. ``contrast``: gamma from 0.55 to
+    1.8, gain from 0.7 to 1.3, offset up to 0.15. ``noise``: normal, of a standard deviation up to 0.1. ``blur``: up to the
+    mean over 3 x 3 pixels. What comes in from outside is black in half of the batches, else the border goes on.
+
+    Args:
+        image: (B, C, H, W) in [0, 1], H and W alike where quarter turns are asked for.
+        generator: source of all random numbers, see :func:`scripts.samplers.for_batch`.
+        kinds: which there may be, of :data:`ALTERATIONS`.
+        share: how often an image gets each of them, by itself.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if unknown := set(kinds) - set(ALTERATIONS):
+        raise ValueError(f"unknown alteration '{min(unknown)}': choose of {', '.join(ALTERATIONS)}")
+    u = for_batch(torch.rand, (len(image), 10), generator, image.device)
+    chosen = for_batch(torch.rand, (len(image), len(ALTERATIONS)), generator, image.device) < share
+    chosen &= torch.tensor([kind in kinds for kind in ALTERATIONS], device=image.device)
+    mirror, quarter, turn, shift, crop, contrast, noise, blur = chosen.T
+    black = torch.randint(2, (), generator=generator).item()
+
+    copies = moved(
+        image,
+        mirrored=mirror,
+        angle=(math.pi / 12) * (2 * u[:, 0] - 1) * turn + (math.pi / 2) * (1 + 3 * u[:, 1]).floor() * quarter,
+        scale=1 - 0.25 * u[:, 2] * crop,
+        shift=0.25 * (2 * u[:, 3:5] - 1) * shift[:, None],
+        padding="zeros" if black else "border",
+    )
+
+    def mixed(where: Tensor, changed: Tensor, amount: Tensor | float = 1.0) -> Tensor:
+        return copies + (where * amount)[:, None, None, None] * (changed - copies)
+
+    gamma, gain, offset = (1.2 * u[:, 5] - 0.6).exp(), 0.7 + 0.6 * u[:, 6], 0.15 * (2 * u[:, 7] - 1)
+    gamma, gain, offset = (values[:, None, None, None] for values in (gamma, gain, offset))
+    copies = mixed(contrast, gain * copies.clamp(min=1e-6) ** gamma + offset)
+    copies = mixed(blur, nn.functional.avg_pool2d(copies, 3, stride=1, padding=1, count_include_pad=False), u[:, 8])
+    copies = mixed(noise, copies + 0.1 * for_batch(torch.randn, copies.shape, generator, image.device), u[:, 9])
+    return copies.clamp(0, 1)

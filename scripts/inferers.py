@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
-from monai.inferers import Inferer, SliceInferer
+from monai.data import MetaTensor
+from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-__all__ = ["ConfiguredSliceInferer", "DisplacementInferer", "run_in_batches"]
+from scripts.noise import stream_of
+
+__all__ = ["ConfiguredSliceInferer", "DisplacementInferer", "RedrawingInferer", "Redrawn", "redraw", "run_in_batches"]
 
 
 def _device_of(network: nn.Module) -> torch.device:
@@ -120,3 +124,89 @@ class DisplacementInferer(Inferer):
         in_cine = int(getattr(inputs, "meta", {}).get("num_frames", 0))
         count = self.num_frames or (in_cine if in_cine > 2 else self.default_frames)
         return [i / (count - 1) for i in range(count)]
+
+
+class Redrawn(NamedTuple):
+    """Images, and what a filter against copies found, (N,) each."""
+
+    images: Tensor
+    """(N, 1, H, W) in [0, 1]."""
+    similarity: Tensor
+    """of each to the most similar training image."""
+    redraws: Tensor
+    """how often it was drawn again."""
+    copy: Tensor
+    """whether it still counts as a copy."""
+
+
+@torch.no_grad()
+def redraw(
+    network: nn.Module, noise: Tensor, images: Tensor, copies: nn.Module, rate: float, rounds: int, **given: Tensor
+) -> Redrawn:
+    """Draw images again that are too much like a training image.
+
+    The noise of round n depends on n and on the noise that the image began with, so that an image still comes from its seed
+    alone. Where no round helps, the least similar image stays.
+
+    Args:
+        network: takes noise (B, 1, H, W) to images in [0, 1].
+        noise: what the images were drawn from, (N, 1, H, W).
+        images: (N, 1, H, W).
+        copies: a :class:`scripts.networks.copy_filter.CopyFilter`.
+        rate: share of held-out real images that would count as copies.
+        rounds: how often an image is drawn again at most.
+        given: what else the network was given, (N, ...) each, such as classes.
+    """
+    network.eval()
+    device, limit = images.device, copies.limit(rate)
+    similarity = copies.nearest(images)[0].to(device)
+    redraws, images = torch.zeros(len(images), dtype=torch.int64), images.clone()
+    for i in (similarity > limit).nonzero().flatten().tolist():
+        while similarity[i] > limit and redraws[i] < rounds:
+            redraws[i] += 1
+            again = torch.randn(noise[i].shape, generator=stream_of(noise[i], f"redraw {redraws[i]}"))
+            # by itself, whatever is drawn beside it
+            image = network(again[None].to(noise.device), **{name: value[i : i + 1] for name, value in given.items()})
+            value = copies.nearest(image)[0][0].to(device)
+            if value < similarity[i]:
+                images[i], similarity[i] = image[0].to(device), value
+    return Redrawn(images, similarity.cpu(), redraws, (similarity > limit).cpu())
+
+
+class RedrawingInferer(SimpleInferer):
+    """MONAI's SimpleInferer, with a filter against copies of training images, see :func:`redraw`.
+
+    Args:
+        copies: a :class:`scripts.networks.copy_filter.CopyFilter`; None for no filter.
+        rate: see :func:`redraw`.
+        rounds: see :func:`redraw`.
+
+    Raises:
+        ValueError: for a rate that the filter can't tell, or fewer than 0 rounds.
+    """
+
+    def __init__(self, copies: nn.Module | None = None, rate: float = 0.01, rounds: int = 10) -> None:
+        super().__init__()
+        if copies is not None:
+            copies.limit(rate)
+            if rounds < 0:
+                raise ValueError(f"--copy_rounds must be 0 or more, got {rounds}")
+        self.copies, self.rate, self.rounds = copies, rate, rounds
+
+    def __call__(self, inputs: Tensor, network: nn.Module, **kwargs: Tensor) -> Tensor:
+        """
+        Args:
+            inputs: noise (B, 1, H, W).
+            network: takes noise to images in [0, 1].
+            kwargs: what else it takes, such as classes, (B, ...) each.
+
+        Returns:
+            images (B, 1, H, W); with a filter their ``meta`` has ``copy_similarity``, ``redraws`` and ``copy``, (B,).
+        """
+        images = super().__call__(inputs, network, **kwargs)
+        if self.copies is None:
+            return images
+        images, similarity, redraws, copy = redraw(network, inputs, images, self.copies, self.rate, self.rounds, **kwargs)
+        found = MetaTensor(images, meta={"copy_similarity": similarity, "redraws": redraws, "copy": copy})
+        found.is_batch = True
+        return found

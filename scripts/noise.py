@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from scripts.samplers import for_batch
 
-__all__ = ["NOISES", "coarse_noise", "gaussian_noise", "octave_noise", "standardised"]
+__all__ = ["NOISES", "coarse_noise", "gaussian_noise", "octave_noise", "standardised", "stream_of"]
 
 
 def standardised(field: Tensor) -> Tensor:
@@ -94,3 +95,9 @@ def octave_noise(
 
 
 NOISES = {"gaussian": gaussian_noise, "octaves": octave_noise}
+
+
+def stream_of(noise: Tensor, name: object) -> torch.Generator:
+    """A source of further noise for an image, on the CPU, that depends on a name and on the noise it begins with alone."""
+    digest = hashlib.sha256(f"{name}:".encode() + noise.detach().float().cpu().numpy().tobytes()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 
-__all__ = ["at_false_positives", "otsu", "peak", "risk_controlled"]
+__all__ = ["at_false_positives", "otsu", "peak", "rarely_exceeded", "risk_controlled"]
 
 
 def otsu(anomaly_map: np.ndarray, minimum: float = 0.0) -> float:
@@ -94,3 +94,25 @@ def at_false_positives(healthy: Sequence[np.ndarray], voxel_ml: Sequence[float],
     order = np.argsort(-values, kind="stable")
     too_many = np.flatnonzero(sizes[order].cumsum() > most_ml * len(healthy) * (1 + 1e-9))
     return float(values[order[too_many[0]]]) if len(too_many) else 0.0
+
+
+def rarely_exceeded(values: Sequence[float], rate: float) -> float:
+    """The value that another one, drawn as the given ones were, exceeds with a probability of ``rate`` at most.
+
+    It is the k-th largest of n, k being the whole part of rate·(n + 1): if all n + 1 are exchangeable, the new one is among
+    the k largest with a probability of k / (n + 1) at most (Vovk et al. 2005, split conformal prediction).
+
+    Args:
+        values: n of them.
+        rate: in (0, 1); with n values no less than 1 / (n + 1) can be had.
+
+    Raises:
+        ValueError: for a rate that n values can't tell.
+    """
+    rank = int(rate * (len(values) + 1) + 1e-9)
+    if not 1 <= rank <= len(values):
+        raise ValueError(
+            f"a rate of {rate:g} can't be told by {len(values)} values; the least that can is {1 / (len(values) + 1):.2g}, "
+            f"the largest {len(values) / (len(values) + 1):.3g}"
+        )
+    return float(np.sort(np.asarray(values, dtype=float))[-rank])

@@ -100,6 +100,11 @@ TRAININGS = {
             "network_def#gradient_weight": 1.0,
         },
     ),
+    "chest X-ray, copy filter": (
+        CHEST,
+        ("train_copy_filter",),
+        {"spatial_size": [16, 16], "network_def#channels": [8, 8, 8, 8], "network_def#size": 8},
+    ),
     "cardiac": (
         CARDIAC,
         (),

@@ -84,3 +84,23 @@ class FewFeatures(nn.Module):
 
     def features(self, image):
         return image[:, 0, 20, [5, 15, 25, 35]]
+
+
+class BrightAreCopies(nn.Module):
+    """A filter against copies to which an image is as similar as it is bright."""
+
+    def __init__(self, limit: float = 0.5) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.eye(2))
+        self.the_limit = limit
+
+    def points(self, image: Tensor) -> Tensor:
+        return image.flatten(1)
+
+    def nearest(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return image.flatten(1).mean(dim=1), torch.zeros(len(image), dtype=torch.int64)
+
+    def limit(self, rate: float) -> float:
+        if rate <= 0:
+            raise ValueError(f"a rate of {rate:g} can't be told")
+        return self.the_limit

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from scripts.corruptions import foreign_content, inside_of_head, random_blobs
+from scripts.corruptions import ALTERATIONS, altered_copies, foreign_content, inside_of_head, random_blobs
 
 
 def seeded(seed=0):
@@ -53,3 +54,46 @@ def test_made_anomalies_come_from_their_seed_alone():
     for make in (lambda seed: foreign_content(image, seed), lambda seed: random_blobs(inside_of_head(image), seed)):
         assert torch.equal(make(seeded(3)), make(seeded(3)))
         assert not torch.equal(make(seeded(3)), make(seeded(4)))
+
+
+# --- altered copies
+
+
+def pictures(number=16):
+    return torch.rand(number, 1, 24, 24, generator=seeded(5))
+
+
+def test_a_copy_without_alterations_is_the_image():
+    image = pictures()
+    assert torch.allclose(altered_copies(image, seeded(), share=0.0), image, atol=1e-5)
+    assert torch.allclose(altered_copies(image, seeded(), kinds=()), image, atol=1e-5)
+
+
+def test_a_mirrored_copy_is_left_to_right_and_a_quarter_turn_keeps_every_pixel():
+    image = pictures()
+    assert torch.allclose(altered_copies(image, seeded(), ("mirror",), 1.0), image.flip(2), atol=1e-5)
+    turned = altered_copies(image, seeded(), ("quarter turn",), 1.0)
+    by = [
+        [torch.allclose(a, torch.rot90(b, k, (1, 2)), atol=1e-4) for k in (1, 2, 3)]
+        for a, b in zip(turned, image, strict=True)
+    ]
+    assert all(any(one) for one in by) and all(any(turn) for turn in zip(*by, strict=True))
+
+
+@pytest.mark.parametrize("kind", ALTERATIONS)
+def test_every_kind_of_alteration_changes_the_image_and_stays_in_range(kind):
+    image = pictures()
+    copies = altered_copies(image, seeded(), (kind,), 1.0)
+    assert copies.shape == image.shape and 0 <= copies.min() and copies.max() <= 1
+    assert ((copies - image).abs().flatten(1).amax(dim=1) > 1e-3).all()
+
+
+def test_an_alteration_comes_to_its_share_of_the_images():
+    image = pictures(400)
+    changed = (altered_copies(image, seeded(), ("mirror",), 0.3) - image).abs().flatten(1).amax(dim=1) > 1e-3
+    assert 0.2 < changed.float().mean() < 0.4
+
+
+def test_an_unknown_alteration_is_refused():
+    with pytest.raises(ValueError, match="unknown alteration 'stretch': choose of mirror, "):
+        altered_copies(pictures(), seeded(), ("stretch",))

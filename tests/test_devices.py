@@ -87,7 +87,7 @@ def test_inference_runs_on_a_gpu(data, tmp_path, gpu, name):
 def test_training_runs_on_a_gpu(data, tmp_path, gpu, name):
     parser = train(name, data, tmp_path, "cuda")
     places = {p.device.type for p in parser.get_parsed_content("network").parameters()}
-    assert places == {"cuda"} and (tmp_path / "model.pt").is_file()
+    assert places == {"cuda"} and len(list(tmp_path.glob("*.pt"))) == 1
 
 
 def test_training_goes_on_on_a_gpu(data, tmp_path, gpu):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SliceInferer
-from stand_in import Shrinking
+from stand_in import BrightAreCopies, Shrinking
 from torch import nn
 
-from scripts.inferers import ConfiguredSliceInferer, DisplacementInferer, run_in_batches
+from scripts.inferers import ConfiguredSliceInferer, DisplacementInferer, RedrawingInferer, redraw, run_in_batches
+from scripts.noise import stream_of
 
 SLICES = {"roi_size": (4, 4), "spatial_dim": 2, "sw_batch_size": 2}
 
@@ -84,3 +85,72 @@ def test_the_frames_are_those_of_the_settings_or_as_many_as_the_cine_has(setting
 def test_fewer_than_two_frames_are_refused():
     with pytest.raises(ValueError, match="num_frames must be 2 at least"):
         DisplacementInferer(network_def=Shrinking(), num_frames=1)
+
+
+# --- images that are drawn again
+
+
+class Brightness(nn.Module):
+    """An image is as bright as its noise is in the mean; class 1 is half as bright."""
+
+    def forward(self, noise, label=None):
+        grey = torch.sigmoid(4 * noise.flatten(1).mean(dim=1)).view(-1, 1, 1, 1).expand_as(noise)
+        return grey if label is None else grey * (1 - 0.5 * label.view(-1, 1, 1, 1))
+
+
+def noise_of(number=12, bright=()):
+    noise = torch.randn(number, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise[list(bright)] += 3
+    return noise
+
+
+def test_an_image_that_is_taken_for_a_copy_is_drawn_again_from_noise_of_its_own_and_the_others_stay():
+    noise, network = noise_of(bright=(2, 5)), Brightness()
+    images = network(noise)
+    drawn = redraw(network, noise, images, BrightAreCopies(0.6), rate=0.01, rounds=50)
+    for i in range(len(noise)):
+        assert drawn.similarity[i] <= 0.6 and not drawn.copy[i]
+        if not drawn.redraws[i]:
+            assert images[i].mean() <= 0.6 and torch.equal(drawn.images[i], images[i])
+            continue
+        again = torch.randn(1, 4, 4, generator=stream_of(noise[i], f"redraw {drawn.redraws[i]}"))
+        assert torch.equal(drawn.images[i], network(again[None])[0])
+    assert drawn.redraws[2] > 0 and drawn.redraws[5] > 0
+
+
+def test_what_is_drawn_again_does_not_depend_on_the_images_beside_it():
+    noise, network = noise_of(bright=(2, 5)), Brightness()
+    together, alone = (redraw(network, part, network(part), BrightAreCopies(0.6), 0.01, 50) for part in (noise, noise[5:6]))
+    assert torch.equal(together.images[5], alone.images[0]) and together.redraws[5] == alone.redraws[0]
+
+
+def test_the_least_similar_image_stays_where_no_round_helps_and_is_told():
+    noise, network = noise_of(3), Brightness()
+    drawn = redraw(network, noise, network(noise), BrightAreCopies(0.0), rate=0.01, rounds=4)
+    assert drawn.copy.all() and drawn.redraws.tolist() == [4, 4, 4]
+    for i in range(3):
+        tried = [noise[i], *(torch.randn(1, 4, 4, generator=stream_of(noise[i], f"redraw {k}")) for k in (1, 2, 3, 4))]
+        least = min(network(one[None]).mean().item() for one in tried)
+        assert drawn.similarity[i].item() == pytest.approx(least) == drawn.images[i].mean().item()
+
+
+def test_the_class_of_an_image_is_that_of_its_redraws():
+    noise, label = noise_of(4, bright=(0, 1, 2, 3)), torch.tensor([0, 1, 0, 1])
+    inferer = RedrawingInferer(BrightAreCopies(0.45), rounds=50)
+    drawn = inferer(noise, Brightness(), label=label)
+    assert (drawn.meta["redraws"][[0, 2]] > 0).all() and drawn.meta["copy_similarity"].max() <= 0.45
+    again = torch.randn(1, 4, 4, generator=stream_of(noise[1], f"redraw {drawn.meta['redraws'][1]}"))
+    assert torch.equal(drawn[1].as_tensor(), Brightness()(again[None], torch.tensor([1]))[0])
+
+
+def test_without_a_filter_the_images_are_what_the_network_draws():
+    noise = noise_of(bright=(1,))
+    images = RedrawingInferer()(noise, Brightness())
+    assert torch.equal(images, Brightness()(noise)) and not isinstance(images, MetaTensor)
+
+
+def test_a_rate_that_the_filter_cannot_tell_and_a_wrong_cap_are_refused_before_anything_is_drawn():
+    with pytest.raises(ValueError, match="a rate of 0 can't be told"):
+        RedrawingInferer(BrightAreCopies(), rate=0)
+    with pytest.raises(ValueError, match="--copy_rounds must be 0 or more, got -1"):
+        RedrawingInferer(BrightAreCopies(), rounds=-1)

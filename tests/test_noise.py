@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scripts.noise import NOISES, coarse_noise, octave_noise
+from scripts.noise import NOISES, coarse_noise, octave_noise, stream_of
 from scripts.samplers import alphas_cumprod_table, draw_noised
 
 SHAPE = (5, 2, 64, 96)
@@ -72,3 +72,11 @@ def test_images_are_noised_with_the_noise_that_is_asked_for(name):
     a = table[t].float().view(-1, 1, 1, 1)
     assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
     assert (energy(noise)(1 / 8) > 0.5) == (name == "octaves")
+
+
+def test_further_noise_of_an_image_depends_on_its_first_noise_and_the_name_alone():
+    noise = torch.randn(2, 1, 4, 4, generator=seeded())
+    drawn = [torch.randn(9, generator=stream_of(one, name)) for one, name in ((noise[0], 3), (noise[0].clone(), "3"))]
+    assert_close(*drawn, rtol=0, atol=0)
+    for one, name in ((noise[1], 3), (noise[0], 4)):
+        assert not torch.equal(torch.randn(9, generator=stream_of(one, name)), drawn[0])

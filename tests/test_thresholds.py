@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts.thresholds import at_false_positives, risk_controlled
+from scripts.thresholds import at_false_positives, rarely_exceeded, risk_controlled
 
 THRESHOLDS = np.linspace(0, 5, 501)
 
@@ -68,3 +68,17 @@ def test_maps_without_so_much_in_them_need_no_threshold():
 def test_no_volume_is_refused():
     with pytest.raises(ValueError, match="lesion-free slices of one patient"):
         at_false_positives([], [], 3.0)
+
+
+def test_a_new_value_exceeds_the_limit_no_more_often_than_the_rate():
+    rng = np.random.default_rng(0)
+    above = [rng.normal() > rarely_exceeded(rng.normal(size=49), 0.1) for _ in range(4000)]
+    assert 0.08 < np.mean(above) < 0.115
+    values = np.arange(99.0)
+    assert rarely_exceeded(values, 0.01) == 98 and rarely_exceeded(values, 0.05) == 94
+
+
+@pytest.mark.parametrize("rate", [0, 0.009, 1])
+def test_a_rate_that_the_values_cannot_tell_is_refused(rate):
+    with pytest.raises(ValueError, match="can't be told by 99 values; the least that can is 0.01, the largest 0.99"):
+        rarely_exceeded(np.arange(99.0), rate)

@@ -10,7 +10,6 @@ likely an image is given z_0, and a *score* network estimates the noise.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,6 +21,7 @@ from scripts.losses import binary_entropy, gaussian_kl, gradient_difference
 from scripts.networks.grey_levels import ConvolutionalScore, GreyLevels
 from scripts.networks.med_vdm import DenseCodec, DenseScore
 from scripts.networks.noise_schedules import SCHEDULES, with_slope
+from scripts.noise import stream_of
 from scripts.precision import Amp
 from scripts.samplers import SOLVERS, STOCHASTIC, antithetic_times, for_batch, noise_to_gamma
 
@@ -177,10 +177,7 @@ class VariationalDiffusionNet(nn.Module):
 
     def _noise_of_each(self, noise: Tensor) -> Callable[[Tensor], Tensor]:
         """Source of noise for the steps: a stream for each image, from the seed and the noise that it begins with."""
-        generators = []
-        for image in noise.detach().float().cpu():
-            digest = hashlib.sha256(f"{self.seed}:".encode() + image.numpy().tobytes()).digest()
-            generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        generators = [stream_of(image, self.seed) for image in noise]
 
         def draw(z: Tensor) -> Tensor:
             return torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z.device)

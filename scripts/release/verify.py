@@ -133,13 +133,17 @@ def _property_faults(bundle: Path, meta: dict) -> Iterator[str]:
 
 
 def _weight_faults(bundle: Path, meta: dict) -> Iterator[str]:
-    path = bundle / "models" / "model.pt"
-    if path.stat().st_size > MAX_WEIGHTS:
-        yield f"model.pt has {path.stat().st_size} bytes, more than {MAX_WEIGHTS}"
-    if sha256_of(path) != meta["weights_sha256"]:
-        yield f"model.pt has the SHA-256 {sha256_of(path)}, metadata.json says {meta['weights_sha256']}"
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    yield from (f"model.pt: {k} is no tensor" for k, value in state.items() if not isinstance(value, torch.Tensor))
+    stated = {"model.pt": meta["weights_sha256"], **meta.get("other_weights_sha256", {})}
+    paths = {path.name: path for path in sorted((bundle / "models").glob("*.pt"))}
+    size = sum(path.stat().st_size for path in paths.values())
+    if size > MAX_WEIGHTS:
+        yield f"{' and '.join(paths)}: {size} bytes, more than {MAX_WEIGHTS}"
+    yield from (f"{name} is missing, metadata.json states its SHA-256" for name in stated.keys() - paths)
+    for name, path in paths.items():
+        if sha256_of(path) != stated.get(name):
+            yield f"{name} has the SHA-256 {sha256_of(path)}, metadata.json says {stated.get(name)}"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        yield from (f"{name}: {k} is no tensor" for k, value in state.items() if not isinstance(value, torch.Tensor))
     build_network(bundle)  # loads them strictly
 
 

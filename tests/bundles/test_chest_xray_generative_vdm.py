@@ -17,16 +17,18 @@ import pytest
 import torch
 from conftest import ROOT, SCHEMA, files_below, finished, rows_of, run_command, torchrun
 from jsonschema import validate
-from monai.bundle import verify_net_in_out
+from monai.bundle import ConfigParser, verify_net_in_out
 from PIL import Image
 from stand_in import StandInNet
 
+from scripts.networks.copy_filter import CopyFilter, load_copy_filter
 from scripts.networks.orientation import OrientationNet
 from scripts.tasks.generation.evaluation import draw_samples
 from scripts.tasks.generation.transforms import seeded_noise
 
 BUNDLE = ROOT / "bundles" / "chest_xray_generative_vdm"
 NETWORK = {"network_def#_target_": "stand_in.StandInNet", "num_steps": 3}
+NO_FILTER = {"copy_filter": False}
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # where the stand-in is found
 
@@ -40,7 +42,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def overrides(output_dir: Path, weights: Path, **settings: object) -> dict[str, object]:
-    return {**NETWORK, "checkpointloader#load_path": str(weights), "output_dir": str(output_dir), **settings}
+    return {**NETWORK, **NO_FILTER, "checkpointloader#load_path": str(weights), "output_dir": str(output_dir), **settings}
 
 
 def generate(output_dir: Path, weights: Path, **settings: object) -> None:
@@ -93,6 +95,60 @@ def test_a_seed_gives_the_same_files_in_whatever_batch_and_run(cohort, weights, 
     before = files_below(cohort)
     for name in ("generated_6.png", "generated_6.nii.gz", "generated_7.png"):
         assert again[name] == before[name]
+
+
+@pytest.fixture(scope="module")
+def copy_weights(tmp_path_factory) -> Path:
+    """A filter that knows the stand-in's images of the seeds 3 and 4, and takes little else for a copy."""
+    torch.manual_seed(0)
+    network = CopyFilter(2, 40)
+    training, held_out = (draw_samples(StandInNet(), number, (1, 64, 64), seed)[0] for number, seed in ((2, 3), (40, 100)))
+    network.calibrate([[{"image": training}], [{"image": held_out}]])
+    path = tmp_path_factory.mktemp("filter") / "copy_filter.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_copies_of_training_images_are_drawn_again_by_default_and_the_table_tells(cohort, weights, copy_weights, tmp_path):
+    settings = {"number": 5, "seed": 3, "batch_size": 2, "copy_weights": str(copy_weights), "copy_rate": 0.03}
+    default = ConfigParser.load_config_file(BUNDLE / "configs" / "inference.json")["copy_filter"]
+    generate(tmp_path / "out", weights, **settings, copy_filter=default)
+    rows = {int(row["seed"]): row for row in rows_of(tmp_path / "out" / "generated.csv")}
+    limit = load_copy_filter(copy_weights).limit(0.03)
+    for seed, row in rows.items():
+        same = np.array_equal(*(pixels_of(folder / f"generated_{seed}.png") for folder in (cohort, tmp_path / "out")))
+        assert same == (row["redraws"] == "0"), seed
+        assert row["copy"] == "no" and float(row["copy_similarity"]) <= limit + 1e-4
+    assert int(rows[3]["redraws"]) > 0 and int(rows[4]["redraws"]) > 0
+    assert all(row["copy"] == "" for row in rows_of(cohort / "generated.csv"))
+
+
+def test_a_copy_that_no_round_mends_is_written_and_told(weights, copy_weights, tmp_path):
+    settings = {"number": 1, "seed": 3, "copy_weights": str(copy_weights), "copy_rate": 0.03, "copy_filter": True}
+    generate(tmp_path, weights, **settings, copy_rounds=0)
+    (row,) = rows_of(tmp_path / "generated.csv")
+    assert (row["redraws"], row["copy"]) == ("0", "yes") and float(row["copy_similarity"]) > 0.999
+
+
+def test_copies_and_membership_are_measured_by_a_configuration(weights, copy_weights, tmp_path):
+    (tmp_path / "CXR").mkdir()
+    for i, image in enumerate(draw_samples(StandInNet(), 72, (1, 64, 64), seed=100)[0]):
+        Image.fromarray((255 * image[0].T).round().byte().numpy()).save(tmp_path / "CXR" / f"{i:06}.png")
+    settings = overrides(tmp_path / "out", weights, bundle_root=str(BUNDLE), dataset_dir=str(tmp_path))
+    settings |= {"copy_filter": True, "copy_weights": str(copy_weights), "copy_rate": 0.25}
+    settings |= {"number": 3, "num_planted": 4, "num_members": 4, "num_times": 2}
+    configs = [str(BUNDLE / "configs" / f"{name}.json") for name in ("inference", "evaluate", "evaluate_copies")]
+    monai.bundle.run(config_file=configs, **settings)
+    assert [row["method"] for row in rows_of(tmp_path / "out" / "copies.csv")][0] == "copy filter"
+    assert len(rows_of(tmp_path / "out" / "membership.csv")) == 3
+
+
+def test_the_shipped_filter_was_made_of_the_training_section_and_has_no_pixels():
+    state = torch.load(BUNDLE / "models" / "copy_filter.pt", weights_only=True)
+    assert state["index"].shape == (8000, 128) and state["held_out"].shape == (500,)
+    assert all(value.dtype in (torch.float16, torch.int64) for value in state.values())
+    network = load_copy_filter(BUNDLE / "models" / "copy_filter.pt")
+    assert 0.3 < network.limit(0.01) < 1 and sum(p.numel() for p in network.parameters()) < 2e6
 
 
 def test_the_class_that_is_asked_for_reaches_the_network_and_the_table(weights, tmp_path):
@@ -183,6 +239,8 @@ def test_noise_as_the_metadata_describe_it_goes_through_the_network():
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
+        ({"copy_filter": True, "copy_weights": "none.pt"}, "none.pt: no such file; train one"),
+        ({"copy_filter": True, "copy_rate": 0.0001}, "a rate of 0.0001 can't be told by 500 values"),
         ({"number": 0}, "--number must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be 0 or more"),
         ({"sampler": "none"}, "unknown sampler 'none': choose"),

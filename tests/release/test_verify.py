@@ -7,9 +7,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import SCHEMA, stand_in_engine
 
 from scripts.data.cohort import generated_cases
+from scripts.files import sha256_of
 from scripts.release import verify
 from scripts.tasks.generation.results import GeneratedSaver
 from scripts.tasks.generation.transforms import seeded_noise
@@ -69,6 +71,20 @@ def test_verify_tells_weights_that_are_not_the_published_ones(copy):
     weights.write_bytes(weights.read_bytes() + b"0")
     meta = json.loads((copy / "configs" / "metadata.json").read_text(encoding="utf-8"))
     assert "SHA-256" in next(verify._weight_faults(copy, meta))
+
+
+def test_verify_holds_every_file_of_weights_against_the_metadata(copy):
+    def faults():
+        return list(verify._weight_faults(copy, json.loads((copy / "configs" / "metadata.json").read_text("utf-8"))))
+
+    assert faults() == []
+    path = copy / "models" / "other.pt"
+    torch.save({"weight": torch.zeros(2)}, path)
+    assert faults() == [f"other.pt has the SHA-256 {sha256_of(path)}, metadata.json says None"]
+    edit_metadata(copy, other_weights_sha256={"other.pt": sha256_of(path)})
+    assert faults() == []
+    path.unlink()
+    assert faults() == ["other.pt is missing, metadata.json states its SHA-256"]
 
 
 def test_verify_tells_a_missing_file(copy):

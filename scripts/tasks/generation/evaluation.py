@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from scripts.data.layouts import find_cases
 from scripts.data.slices import SliceDataset
 from scripts.files import check_own, own_file
-from scripts.inferers import run_in_batches
+from scripts.inferers import redraw, run_in_batches
+from scripts.networks.copy_filter import CopyFilter
 from scripts.networks.orientation import OrientationNet
 from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.tasks.generation.figures import contact_sheet
@@ -26,7 +27,7 @@ __all__ = ["draw_samples", "generation_table", "real_images"]
 logger = logging.getLogger(__name__)
 
 REAL = "real (validation)"
-MEMORISED_PERCENTILE = 1.0
+NEAR_PERCENTILE = 1.0  # of the pixel distances of test images
 COLUMNS = {
     "bits": "bits a pixel (8 bit)",
     "recon": "reconstruction",
@@ -38,7 +39,8 @@ COLUMNS = {
     "frechet": "Fréchet distance",
     "ms_ssim": "MS-SSIM of pairs",
     "nearest": ("distance to training", ".4f"),
-    "memorised": ("memorised", ".1%"),
+    "nearer_than_real": ("nearer in pixels than 99 % of real", ".1%"),
+    "copies": ("above the copy filter's threshold", ".1%"),
     "seconds": "s an image",
 }
 
@@ -79,9 +81,13 @@ def draw_samples(
     Returns:
         (number, 1, H, W), 8-bit grey levels divided by 255, and the seconds an image.
     """
-    noise = torch.stack([seeded_noise(s, shape) for s in range(seed, seed + number)])
-    images, seconds = run_in_batches(network, noise, batch_size)
+    images, seconds = run_in_batches(network, _noise(number, shape, seed), batch_size)
     return eight_bit(images), seconds
+
+
+def _noise(number: int, shape: Sequence[int], seed: int) -> Tensor:
+    """Noise of images (number, *shape), whose seeds follow each other."""
+    return torch.stack([seeded_noise(s, shape) for s in range(seed, seed + number)])
 
 
 def generation_table(
@@ -95,16 +101,23 @@ def generation_table(
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 64,
     num_nearest: int = 20,
+    copies: CopyFilter | None = None,
+    copy_rate: float = 0.01,
+    copy_rounds: int = 10,
 ) -> list[dict]:
     """Compare networks, and real images, with the test images: print a Markdown table, and write the figures it is made of.
 
-    Set ``s`` of the samples has the image seeds ``s * number`` to ``(s + 1) * number - 1``. Files of ``output_dir``:
+    Set ``s`` of the samples has the image seeds ``s * number`` to ``(s + 1) * number - 1``. As many validation images stand
+    beside them, and as many test images are compared with, since a Fréchet distance falls with the number of images. Files
+    of ``output_dir``:
 
     - ``metrics.csv``: a row a network and set, with :func:`bound_terms` of the test images, :func:`image_scores`,
-      ``nearest`` (mean distance to the nearest training image), ``memorised`` (share of images that are nearer to a
-      training image than 99 % of the test images are) and ``seconds`` an image;
+      ``nearest`` (mean distance of the pixels to the nearest training image), ``nearer_than_real`` (share of images that are
+      nearer to a training image, in pixels, than 99 % of the test images are) and ``seconds`` an image; with a filter
+      against copies also ``copies``, the share of images that it takes for copies, and a row ``<network>, filtered``, of
+      the same images after the copies among them were drawn again, with ``redraws`` an image;
     - ``metrics.json``: mean and standard deviation over the sets, the feature network's ``accuracy``, the numbers of
-      images, and ``memorised_below``, the distance that the test images give; ``metrics.md``: the table;
+      images, and ``nearer_than_real_below``, the distance that the test images give; ``metrics.md``: the table;
     - ``contact_sheet_<network>.png``: the first images; ``nearest_<network>.png``: those nearest to a training image,
       each followed by that real image, so that this picture is nothing to publish.
 
@@ -119,6 +132,9 @@ def generation_table(
         seeds: numbers of the sets.
         batch_size: images in a call of a network.
         num_nearest: pairs in the picture of the nearest.
+        copies: filter against copies; None for none.
+        copy_rate: see :func:`scripts.inferers.redraw`.
+        copy_rounds: see there.
 
     Returns:
         the rows of ``metrics.csv``.
@@ -131,20 +147,30 @@ def generation_table(
     folder = Path(output_dir)
     pictures = (f"{kind}_{name}.png" for kind in ("contact_sheet", "nearest") for name in networks)
     check_own(*(folder / name for name in ("metrics.csv", "metrics.json", "metrics.md", *pictures)))
-    limit = torch.quantile(nearest(test, training)[0], MEMORISED_PERCENTILE / 100).item()
+    limit = torch.quantile(nearest(test, training)[0], NEAR_PERCENTILE / 100).item()
+    device = None if copies is None else copies.index.device
 
     def scores_of(images: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
         distances, numbers = nearest(images, training)
-        copies = {"nearest": distances.mean().item(), "memorised": (distances < limit).double().mean().item()}
-        return image_scores(images, test, features) | copies, distances, numbers
+        near = {"nearest": distances.mean().item(), "nearer_than_real": (distances < limit).double().mean().item()}
+        if copies is not None:
+            alike = copies.nearest(images.to(device))[0] > copies.limit(copy_rate)
+            near["copies"] = alike.double().mean().item()
+        return image_scores(images, test, features) | near, distances, numbers
 
-    rows = [{"method": REAL, "seed": 0, **scores_of(validation)[0]}]
+    rows = [{"method": REAL, "seed": 0, **scores_of(validation[:number])[0]}]
     for name, network in networks.items():
         for seed in seeds:
             samples, seconds = draw_samples(network, number, test.shape[1:], seed * number, batch_size)
             scores, distances, numbers = scores_of(samples)
             terms = bound_terms(network, test, seed, batch_size)
             rows.append({"method": name, "seed": seed, **terms, **scores, "seconds": seconds})
+            if copies is not None:
+                noise = _noise(number, test.shape[1:], seed * number).to(device)
+                drawn = redraw(network, noise, samples.to(device), copies, copy_rate, copy_rounds)
+                filtered = scores_of(eight_bit(drawn.images.cpu()))[0]
+                redraws = drawn.redraws.double().mean().item()
+                rows.append({"method": f"{name}, filtered", "seed": seed, **filtered, "redraws": redraws})
             logger.info(f"{name}, set {seed}: {terms['bits']:.3f} bits a pixel, MMD {scores['mmd']:.4f}")
             if seed == seeds[0]:
                 chosen = distances.argsort()[:num_nearest]
@@ -157,10 +183,10 @@ def generation_table(
     about = {
         "accuracy_of_features": float(features.accuracy),
         "num_training": len(training),
-        "num_validation": len(validation),
-        "num_test": len(test),
+        "num_validation": min(number, len(validation)),
+        "num_test": min(number, len(test)),
         "num_samples": number,
-        "memorised_below": limit,
+        "nearer_than_real_below": limit,
     }
     table = markdown_table(summary, COLUMNS)
     write_rows(folder / "metrics.csv", rows)

@@ -7,16 +7,29 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.config import PathLike
 from monai.metrics import FIDMetric, MMDMetric, MultiScaleSSIMMetric
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from scripts.bundle import with_weights
 from scripts.files import written_aside
+from scripts.metrics import bootstrap_interval
 from scripts.networks.orientation import OrientationNet
 
-__all__ = ["bound_terms", "feature_network", "fourier_features", "image_scores", "nearest", "pair_similarity"]
+__all__ = [
+    "bits_of_each",
+    "bound_terms",
+    "feature_network",
+    "fourier_features",
+    "image_scores",
+    "membership",
+    "nearest",
+    "nearest_of_versions",
+    "pair_similarity",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +66,51 @@ def bound_terms(network: nn.Module, images: Tensor, seed: int = 0, batch_size: i
     if "recon_8bit" in means:
         means["total"] = means["recon"] + means["latent"] + means["diffusion"]
     return means
+
+
+@torch.no_grad()
+def bits_of_each(network: nn.Module, images: Tensor, num_times: int = 16, seed: int = 0) -> Tensor:
+    """Bound of each image by itself, in bits per pixel, all with the same noise at the same times.
+
+    Args:
+        network: see :func:`bound_terms`.
+        images: (N, 1, H, W) in [0, 1].
+        num_times: times, spread evenly, that the bound is the mean over.
+        seed: seed of times and noise.
+
+    Returns:
+        (N,).
+    """
+    network.eval()
+    device = next(network.parameters()).device
+    bits = []
+    for image in images:
+        terms = network.bound(image.to(device).expand(num_times, -1, -1, -1), torch.Generator().manual_seed(seed))
+        bits.append(terms.get("recon_8bit", terms["recon"]) + terms["latent"] + terms["diffusion"])
+    return torch.stack(bits).mean(dim=1).cpu()
+
+
+def membership(members: Tensor, others: Tensor) -> dict[str, float]:
+    """How well a score tells images of the training from others (membership inference).
+
+    Args:
+        members: scores (N,) of training images, which shall be the higher ones.
+        others: scores (M,) of held-out images.
+
+    Returns:
+        ``auroc``, 0.5 where nothing can be told, and the ends of its 95 % interval over the images, ``auroc_low`` and
+        ``auroc_high``.
+    """
+    scores = torch.cat([members, others]).double().numpy()
+    belongs = np.arange(len(scores)) < len(members)
+
+    def auroc(scores: np.ndarray, belongs: np.ndarray, axis: int = -1) -> np.ndarray:
+        count, total = belongs.sum(axis=axis), belongs.shape[axis]
+        ranks = (rankdata(scores, axis=axis) * belongs).sum(axis=axis)
+        return (ranks - count * (count + 1) / 2) / (count * (total - count))
+
+    low, high = bootstrap_interval(scores, belongs, statistic=auroc, resamplings=2000)
+    return {"auroc": float(auroc(scores, belongs)), "auroc_low": low, "auroc_high": high}
 
 
 def feature_network(
@@ -141,6 +199,24 @@ def nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     found = [torch.cdist(batch.flatten(1).double(), references).min(dim=1) for batch in images.split(100)]
     distances, numbers = (torch.cat([part[i] for part in found]) for i in (0, 1))
     return distances / math.sqrt(references.shape[1]), numbers
+
+
+def nearest_of_versions(images: Tensor, training: Tensor, shift: int = 4) -> Tensor:
+    """Distance of :func:`nearest`, the least of ten versions of an image.
+
+    They are the image and its mirror image, each in its place and shifted to the four sides.
+
+    Args:
+        images: (N, 1, H, W) in [0, 1].
+        training: (M, 1, H, W) in [0, 1].
+        shift: in pixels; what goes out on one side comes in on the other.
+
+    Returns:
+        (N,), in grey levels of [0, 1].
+    """
+    shifts = ((0, 0), (shift, 0), (-shift, 0), (0, shift), (0, -shift))
+    versions = (version.roll(by, dims=(2, 3)) for version in (images, images.flip(2)) for by in shifts)
+    return torch.stack([nearest(version, training)[0] for version in versions]).amin(dim=0)
 
 
 def image_scores(images: Tensor, real: Tensor, features: OrientationNet) -> dict[str, float]:

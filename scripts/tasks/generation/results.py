@@ -42,7 +42,9 @@ class GeneratedSaver(ResultSaver):
     ``<case>.png`` and ``<case>.nii.gz`` (uint8, from ``pred``) hold the same pixels, lying as
     :class:`scripts.data.reading.LoadSequencesd` takes pictures to lie. The text chunks of the PNG and ``descrip`` of the
     NIfTI header say that the image is generated and shows no patient, by which version of which bundle, and with which seed.
-    ``generated.csv`` gets a row an image; at the end ``contact_sheet.png`` shows those of the lowest seeds, marked too.
+    ``generated.csv`` gets a row an image, with ``copy_similarity``, ``redraws`` and ``copy`` of a filter against copies
+    (:class:`scripts.inferers.RedrawingInferer`), empty without one; an image that is still a copy is told. At the end
+    ``contact_sheet.png`` shows those of the lowest seeds, marked too.
 
     Args:
         output_dir: where to.
@@ -63,6 +65,16 @@ class GeneratedSaver(ResultSaver):
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
         engine.add_event_handler(Events.COMPLETED, self.draw_contact_sheet)
+
+    def start(self, engine: Engine) -> None:
+        super().start(engine)
+        shipped = self.meta.get("weights_sha256", "")[:12]
+        filters = getattr(getattr(engine, "inferer", None), "copies", None) is not None
+        if filters and self.weights_hash != shipped:
+            logger.warning(
+                f"{self.weights}: are not the weights that the copy filter was shipped for; if they were trained on other "
+                "images, train a filter on those (configs/train_copy_filter.json) and give its file as --copy_weights"
+            )
 
     def __call__(self, engine: Engine) -> None:
         self.save([{**batch, **output} for batch, output in zip(engine.state.batch, engine.state.output, strict=True)])
@@ -95,8 +107,21 @@ class GeneratedSaver(ResultSaver):
             "label": "" if label is None else str(int(label)),
             "sampler": self.sampler,
             "steps": str(self.steps),
+            **self._copy_columns(image),
             **self.origin(seconds),
         }
+
+    def _copy_columns(self, image: Mapping[str, Any]) -> dict[str, str]:
+        found = getattr(image["pred"], "meta", {})
+        if "copy" not in found:
+            return {"copy_similarity": "", "redraws": "", "copy": ""}
+        similarity, redraws, copy = float(found["copy_similarity"]), int(found["redraws"]), bool(found["copy"])
+        if copy:
+            logger.warning(
+                f"{image['case']}: looks like a copy of a training image still after {redraws} redraws (similarity "
+                f"{similarity:.3f}); leave it out, or draw it again with more --copy_rounds"
+            )
+        return {"copy_similarity": f"{similarity:.4f}", "redraws": str(redraws), "copy": "yes" if copy else "no"}
 
     def foreign_files(self, name: str) -> list[Path]:
         paths = [self.output_dir / f"{name}{ending}" for ending in (".png", ".nii.gz")]

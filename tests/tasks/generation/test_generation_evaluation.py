@@ -9,14 +9,12 @@ from made_inputs import SHAPE, images_of
 from matplotlib.image import imread
 from monai.transforms import Compose, ScaleIntensityRanged
 from PIL import Image
-from stand_in import FewFeatures, StandInNet
+from stand_in import BrightAreCopies, FewFeatures, StandInNet
 
 from scripts.data.reading import LoadSequencesd
 from scripts.data.slices import ExtractSlicesd
 from scripts.tasks.generation.evaluation import draw_samples, generation_table, real_images
-from scripts.tasks.generation.metrics import (
-    pair_similarity,
-)
+from scripts.tasks.generation.metrics import image_scores, pair_similarity
 from scripts.tasks.generation.transforms import seeded_noise
 
 
@@ -92,10 +90,33 @@ def test_the_table_has_a_row_for_each_network_and_set_and_one_of_real_images(tab
     assert rows[1]["ms_ssim"] == pytest.approx(pair_similarity(expected))
 
 
-def test_copies_of_training_images_are_told_as_memorised(table):
+def test_copies_of_training_images_are_nearer_than_real_images(table):
     rows = {row["method"]: row for row in table[1]}
-    assert rows["copies"]["memorised"] == 1 and rows["copies"]["nearest"] < 1e-5
-    assert rows["fair"]["memorised"] < 0.3 and rows["fair"]["nearest"] > 0.01
+    assert rows["copies"]["nearer_than_real"] == 1 and rows["copies"]["nearest"] < 1e-5
+    assert rows["fair"]["nearer_than_real"] < 0.3 and rows["fair"]["nearest"] > 0.01
+
+
+def test_real_images_are_as_many_as_the_samples(table):
+    folder, rows = table
+    real = image_scores(images_of(20, seed=200)[:12], images_of(20, seed=300)[:12], FewFeatures())
+    assert {key: rows[0][key] for key in real} == pytest.approx(real)
+    about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["about"]
+    assert (about["num_samples"], about["num_validation"], about["num_test"]) == (12, 12, 12)
+
+
+def test_with_a_filter_each_set_has_a_row_of_the_images_after_it(tmp_path):
+    training, validation, test = images_of(20), images_of(10, seed=200), images_of(10, seed=300)
+    network, copies = StandInNet(), BrightAreCopies()
+    samples, _ = draw_samples(network, 10, SHAPE)
+    copies.the_limit = copies.nearest(samples)[0].sort().values[7].item()  # two of ten are above it
+    rows = generation_table(
+        {"fair": network}, training, validation, test, FewFeaturesWithAccuracy(), tmp_path, 10, (0,), copies=copies
+    )
+    assert [row["method"] for row in rows] == ["real (validation)", "fair", "fair, filtered"]
+    before, after = rows[1:]
+    assert before["copies"] == pytest.approx(0.2) and after["copies"] == 0 and after["redraws"] >= 0.2
+    assert before["frechet"] != after["frechet"] and "copies" in rows[0]
+    assert "| fair, filtered |" in (tmp_path / "metrics.md").read_text(encoding="utf-8")
 
 
 def test_the_summary_and_the_markdown_hold_the_means_and_what_they_are_made_of(table):
@@ -105,11 +126,11 @@ def test_the_summary_and_the_markdown_hold_the_means_and_what_they_are_made_of(t
     assert list(summary) == ["real (validation)", "fair", "copies", "bernoulli"]
     values = [row["mmd"] for row in rows if row["method"] == "fair"]
     assert summary["fair"]["mmd"]["mean"] == pytest.approx(sum(values) / 2)
-    assert about["accuracy_of_features"] == 0.75 and about["num_samples"] == 12 and 0 < about["memorised_below"] < 0.2
+    assert about["accuracy_of_features"] == 0.75 and about["num_samples"] == 12 and 0 < about["nearer_than_real_below"] < 0.2
     lines = (folder / "metrics.md").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("| method | bits a pixel (8 bit) | reconstruction | its floor |")
     assert "| 100.0% ± 0.0% |" in next(line for line in lines if line.startswith("| copies"))
-    assert next(line for line in lines if line.startswith("| real")).count(" – ") == 6
+    assert next(line for line in lines if line.startswith("| real")).count(" – ") == 7
 
 
 def test_samples_and_their_nearest_training_images_are_drawn(table):

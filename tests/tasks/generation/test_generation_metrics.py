@@ -8,11 +8,14 @@ from made_inputs import images_of
 from stand_in import FewFeatures, StandInNet
 
 from scripts.tasks.generation.metrics import (
+    bits_of_each,
     bound_terms,
     feature_network,
     fourier_features,
     image_scores,
+    membership,
     nearest,
+    nearest_of_versions,
     pair_similarity,
 )
 
@@ -107,3 +110,33 @@ def test_the_nearest_training_image_of_a_copy_is_the_original_at_no_distance():
     distances, numbers = nearest(torch.cat([training[7:8], training[3:4] + 0.05]), training)
     assert numbers.tolist() == [7, 3]
     assert distances.tolist() == pytest.approx([0, 0.05], abs=1e-5)
+
+
+def test_a_mirrored_and_shifted_copy_is_found_by_the_nearest_of_ten_versions():
+    training = images_of(20)
+    copies = torch.cat([training[7:8].flip(2), training[3:4].roll(4, dims=3), training[5:6].flip(2).roll(-4, dims=2)])
+    assert nearest(copies, training)[0].min() > 0.01
+    assert nearest_of_versions(copies, training).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+# --- membership
+
+
+def test_the_bits_of_each_image_are_its_own_with_the_same_noise_for_all():
+    images = images_of(4)
+    bits = bits_of_each(StandInNet(), images, num_times=8)
+    assert torch.equal(bits[2:3], bits_of_each(StandInNet(), images[2:3], num_times=8))
+    torch.testing.assert_close(bits - bits[0], images.flatten(1).mean(dim=1) - images[0].mean())
+    eight_bit = bits_of_each(StandInNet(model="medvdm"), images, num_times=8)
+    torch.testing.assert_close(eight_bit, bits + 3)
+
+
+def test_scores_that_tell_nothing_have_an_interval_around_a_half_and_perfect_ones_are_one():
+    generator = torch.Generator().manual_seed(0)
+    members, others = (torch.randn(200, generator=generator) for _ in range(2))
+    told = membership(members, others)
+    assert told["auroc_low"] < 0.5 < told["auroc_high"] and told["auroc_high"] - told["auroc_low"] < 0.15
+    assert told["auroc"] == pytest.approx((members[:, None] > others).double().mean().item())
+    assert membership(members + 20, others) == {"auroc": 1, "auroc_low": 1, "auroc_high": 1}
+    ties = membership(torch.zeros(5), torch.zeros(5))
+    assert ties["auroc"] == 0.5

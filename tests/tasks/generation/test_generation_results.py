@@ -9,15 +9,18 @@ import torch
 from conftest import rows_of, stand_in_engine
 from ignite.engine import Engine
 from made_inputs import META, no_space
-from monai.data import DataLoader
+from monai.data import DataLoader, MetaTensor
 from monai.inferers import SimpleInferer
 from monai.transforms import Compose
 from PIL import Image
+from stand_in import BrightAreCopies
 from torch import nn
 
 from scripts.data.cohort import generated_cases, unfinished
 from scripts.data.reading import LoadSequencesd
 from scripts.engines import CohortEvaluator, ema_of
+from scripts.files import sha256_of
+from scripts.inferers import RedrawingInferer
 from scripts.tasks.generation import results as generation_results
 from scripts.tasks.generation.results import GeneratedSaver, SampleSheet
 from scripts.tasks.generation.transforms import SeededNoised, seeded_noise
@@ -84,11 +87,38 @@ def test_the_table_of_generated_images_holds_what_made_them(tmp_path):
         "label": "3",
         "sampler": "heun",
         "steps": "20",
+        "copy_similarity": "",
+        "redraws": "",
+        "copy": "",
         "arithmetic": "float32",
         "bundle": "a bundle",
         "version": "1.2.3",
         "weights": "none",
     }
+
+
+def test_the_table_tells_what_the_filter_against_copies_found_and_the_log_what_is_still_a_copy(tmp_path, caplog):
+    def found(seed, similarity, redraws, copy):
+        image = generated(seed)
+        about = {"copy_similarity": similarity, "redraws": redraws, "copy": copy}
+        return image | {"pred": MetaTensor(image["pred"], meta={k: torch.tensor(v) for k, v in about.items()})}
+
+    generated_saver(tmp_path).save([found(0, 0.51239, 0, False), found(1, 0.9, 10, True)])
+    rows = [[row[name] for name in ("copy_similarity", "redraws", "copy")] for row in generated_rows(tmp_path)]
+    assert rows == [["0.5124", "0", "no"], ["0.9000", "10", "yes"]]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1 and "generated_1: looks like a copy of a training image still after 10 redraws" in warned[0]
+
+
+def test_a_filter_beside_other_weights_than_it_was_shipped_for_is_told(tmp_path, caplog):
+    weights = tmp_path / "own.pt"
+    weights.write_bytes(b"own")
+    for sha256, told in ((sha256_of(weights), False), ("0" * 64, True)):
+        caplog.clear()
+        engine = stand_in_engine()
+        engine.inferer = RedrawingInferer(BrightAreCopies())
+        GeneratedSaver(tmp_path, META | {"weights_sha256": sha256}, weights, "heun", 20).start(engine)
+        assert ("not the weights that the copy filter was shipped for" in caplog.text) == told
 
 
 def test_a_batch_that_does_not_fit_on_the_disk_is_in_no_table_and_leaves_no_half_file(tmp_path, monkeypatch):
