@@ -120,16 +120,18 @@ def draw_panels(
     bar.set_label(panel.bar, color="white", fontsize=14)
     bar.ax.tick_params(colors="white", labelsize=13)
     bar.outline.set_edgecolor("white")
-    figure.legend(
-        handles=[
-            Line2D([], [], color=line["colors"], linewidth=line["linewidths"], label=name) for name, line in legend.items()
-        ],
-        loc="outside lower right",
-        ncols=len(legend),
-        fontsize=14,
-        labelcolor="white",
-        facecolor="black",
-    )
+    if legend:
+        figure.legend(
+            handles=[
+                Line2D([], [], color=line["colors"], linewidth=line["linewidths"], label=name)
+                for name, line in legend.items()
+            ],
+            loc="outside lower right",
+            ncols=len(legend),
+            fontsize=14,
+            labelcolor="white",
+            facecolor="black",
+        )
     figure.suptitle(title, color="white", fontsize=18)
     save_figure(figure, path_or_buffer)
 

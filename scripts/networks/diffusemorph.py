@@ -78,13 +78,15 @@ class DiffuseMorphNet(DeformableDiffusionNet):
     def synthesise(self, image: Tensor, num_steps: int, generator: torch.Generator) -> Tensor:
         """Make a volume by the diffusion module alone, beginning with the noised moving one (algorithm 2 of the paper).
 
+        What a step takes for the clean volume is clipped to [-1, 1], as in the published code.
+
         Args:
             image: pairs (B, 2, H, W, D), moving and fixed, in [-1, 1], sizes being multiples of 8.
             num_steps: steps of DDIM from the last level to none.
             generator: source of the noise.
 
         Returns:
-            (B, 1, H, W, D), about [-1, 1].
+            (B, 1, H, W, D), in [-1, 1].
         """
         moving, fixed = image.float().split(1, dim=1)
         levels = level_grid(len(self.alphas_cumprod) - 1, num_steps)
@@ -92,6 +94,9 @@ class DiffuseMorphNet(DeformableDiffusionNet):
         noised = noise_image(moving, noise, self.alphas_cumprod[-1].to(moving))
 
         def model(x: Tensor, t: int) -> Tensor:
-            return self.noise(moving, fixed, x, torch.full((len(x),), t, device=x.device))
+            a = self.alphas_cumprod[t].to(x)
+            noise = self.noise(moving, fixed, x, torch.full((len(x),), t, device=x.device))
+            clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
+            return (x - a.sqrt() * clean) / (1 - a).sqrt()
 
         return ddim(model, noised, levels[::-1], self.alphas_cumprod)
