@@ -43,7 +43,8 @@ class CineNet(nn.Module):
             are trained by; no frame between is looked at. 0 in the paper.
         coarse_steps: steps before these at half the resolution, see :func:`scripts.networks.registration.refine`.
         time_curve: how much of the refined way is gone at evenly spaced γ from 0 to 1, in between linearly, the same for all
-            hearts, see :func:`scripts.networks.registration_controls.fit_time_curve`; None for what the networks say.
+            hearts, see :func:`scripts.networks.registration_controls.fit_time_curve`; None, or an empty one, for what the
+            networks say.
         window: edge in voxels of the window of the normalised cross-correlation.
         max_batch: number of frames that go through a network at once; a few, which the processor's memory keeps up with.
         amp: bfloat16 in the networks, see :func:`scripts.precision.autocast`.
@@ -97,7 +98,7 @@ class CineNet(nn.Module):
 
     def refined_velocities(self, motion: Any, gammas: Sequence[float], whole: Tensor, refined: Tensor) -> Tensor:
         """The same on the way of a refined velocity, (B, 1, 3, ...), that was ``whole`` before."""
-        if self.time_curve is None:
+        if not self.time_curve:
             return along(self.velocities(motion, gammas), whole, refined)
         shares = np.interp(gammas, np.linspace(0, 1, len(self.time_curve)), self.time_curve)
         return as_factors(shares.tolist(), refined) * refined

@@ -21,12 +21,12 @@ class RefinementNet(CineNet):
     Nothing is trained; how far a method's networks are ahead of this control is what they have learnt.
 
     Args:
-        time_curve: see :class:`CineNet`; None for γ itself.
+        time_curve: see :class:`CineNet`; None, or an empty one, for γ itself.
         kwargs: arguments of :class:`CineNet`; ``refinement_steps`` 0 repeats the source.
     """
 
     def __init__(self, time_curve: Sequence[float] | None = None, **kwargs: Any) -> None:
-        super().__init__(time_curve=(0.0, 1.0) if time_curve is None else time_curve, **kwargs)
+        super().__init__(time_curve=time_curve or (0.0, 1.0), **kwargs)
         self.register_buffer("still", torch.zeros(()), persistent=False)  # tells the device, as nothing else is kept
 
     def motion(self, source: Tensor, target: Tensor) -> Tensor:
