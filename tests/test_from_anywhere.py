@@ -85,7 +85,8 @@ def scans(tmp_path_factory) -> Path:
     for seed, name in enumerate(names):
         for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
             save_patient(folder / bundle, name, seed, num_slices=2)
-        save_nifti(folder / CINE / f"{name}.nii.gz", make_cine(3, seed)[0], np.diag([1.5, 1.5, 3.15, 1.0]))
+        for bundle in (CINE, REGISTRATION):
+            save_nifti(folder / bundle / f"{name}.nii.gz", make_cine(3, seed)[0], np.diag([1.5, 1.5, 3.15, 1.0]))
     for name in (HEAD_CT, CHEST):
         (folder / name).mkdir()
         for i in range(36):
@@ -93,7 +94,8 @@ def scans(tmp_path_factory) -> Path:
     for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
         save_nifti(folder / f"one_{bundle}" / "a.nii.gz", make_head(1)[0])
     save_nifti(folder / f"one_{HEAD_CT}" / "a.nii.gz", make_ct_slice()[..., None])
-    shutil.copytree(folder / CINE, folder / f"one_{CINE}", ignore=lambda _, files: files[1:])
+    for bundle in (CINE, REGISTRATION):
+        shutil.copytree(folder / bundle, folder / f"one_{bundle}", ignore=lambda _, files: files[1:])
     (folder / f"one_{CHEST}").mkdir()
     return folder
 

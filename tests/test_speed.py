@@ -9,7 +9,6 @@ from torch import nn
 
 from scripts import speed
 from scripts.speed import Trial, calls_counted, compare, gflop_of, peak_gflops
-from scripts.tasks.generation import benchmark as generation_benchmark
 
 CPU = torch.device("cpu")
 
@@ -123,7 +122,7 @@ def test_a_bundle_is_measured_by_the_function_that_its_evaluation_names(tmp_path
 
     monkeypatch.setattr(speed, "build_network", build_network)
     monkeypatch.setattr(speed, "has_bfloat16", lambda device_type: False)
-    monkeypatch.setattr(generation_benchmark, "benchmark_sampling", lambda *args: asked.append(args) or "rows")
+    monkeypatch.setattr("scripts.tasks.generation.benchmark.benchmark_sampling", lambda *args: asked.append(args) or "rows")
     name = {"benchmark": "scripts.tasks.generation.benchmark.benchmark_sampling"}
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "inference.json").write_text("{}")

@@ -49,7 +49,7 @@ class DiffuseMorphNet(DeformableDiffusionNet):
     @property
     def published(self) -> dict[str, object]:
         """Settings of the paper's inference."""
-        return {**super().published, "along": "score"}
+        return super().published | {"along": "score"}
 
     def motion(self, source: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
         """Moving volume and estimated noise, prepared for the deformation module; nothing is taken off its fields."""

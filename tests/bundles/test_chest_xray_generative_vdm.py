@@ -110,11 +110,11 @@ def copy_weights(tmp_path_factory) -> Path:
 
 
 def test_copies_of_training_images_are_drawn_again_by_default_and_the_table_tells(cohort, weights, copy_weights, tmp_path):
-    settings = {"number": 5, "seed": 3, "batch_size": 2, "copy_weights": str(copy_weights), "copy_rate": 0.03}
+    settings = {"number": 5, "seed": 3, "batch_size": 2, "copy_weights": str(copy_weights), "copy_rate": 0.1}
     default = ConfigParser.load_config_file(BUNDLE / "configs" / "inference.json")["copy_filter"]
     generate(tmp_path / "out", weights, **settings, copy_filter=default)
     rows = {int(row["seed"]): row for row in rows_of(tmp_path / "out" / "generated.csv")}
-    limit = load_copy_filter(copy_weights).limit(0.03)
+    limit = load_copy_filter(copy_weights).limit(0.1)
     for seed, row in rows.items():
         same = np.array_equal(*(pixels_of(folder / f"generated_{seed}.png") for folder in (cohort, tmp_path / "out")))
         assert same == (row["redraws"] == "0"), seed
@@ -124,7 +124,7 @@ def test_copies_of_training_images_are_drawn_again_by_default_and_the_table_tell
 
 
 def test_a_copy_that_no_round_mends_is_written_and_told(weights, copy_weights, tmp_path):
-    settings = {"number": 1, "seed": 3, "copy_weights": str(copy_weights), "copy_rate": 0.03, "copy_filter": True}
+    settings = {"number": 1, "seed": 3, "copy_weights": str(copy_weights), "copy_rate": 0.1, "copy_filter": True}
     generate(tmp_path, weights, **settings, copy_rounds=0)
     (row,) = rows_of(tmp_path / "generated.csv")
     assert (row["redraws"], row["copy"]) == ("0", "yes") and float(row["copy_similarity"]) > 0.999
@@ -210,7 +210,7 @@ def test_the_evaluation_compares_the_networks_with_held_out_images_of_mednist(we
     ]
     assert rows[1]["floor"] == "" and float(rows[3]["floor"]) == 0.5  # a Bernoulli bound is the paper's model's alone
     about = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["about"]
-    assert (about["num_training"], about["num_validation"], about["num_test"]) == (64, 4, 4)
+    assert (about["num_training"], about["num_validation"], about["num_test"]) == (64, 3, 3)
     settings = settings | {"output_dir": str(tmp_path / "alone"), "medvdm_weights": None, "seeds": [0]}
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "out" / "feature_network.pt", tmp_path / "alone")
