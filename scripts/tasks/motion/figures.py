@@ -13,7 +13,7 @@ from monai.utils import convert_to_numpy
 from PIL import Image
 
 from scripts.data.cines import slice_axis
-from scripts.figures import LABEL_COLOR, MASK_COLOR, Panel, draw_panels, grey_scale, save_figure
+from scripts.figures import LABEL_COLOR, MASK_COLOR, Panel, draw_panels, save_figure
 
 __all__ = ["cine_animation", "cine_overview", "registration_overview", "volume_curves"]
 
@@ -154,7 +154,10 @@ def registration_overview(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     num_rows: int = 3,
 ) -> None:
-    """Overview picture of a registration as PNG, a row a slice, from the first quarter of those that move to the last.
+    """Overview picture of a registration as PNG, a row a slice, spread over those that move.
+
+    Volumes of different scans have no grey levels in common: each is shown, and subtracted, by its own percentiles, the
+    warped one by the moving one's.
 
     Args:
         path_or_buffer: file to write, or a binary buffer.
@@ -179,9 +182,8 @@ def registration_overview(
         for value in np.unique(convert_to_numpy(label))
         if value
     ]
-    grey = grey_scale(moving)
-    most = np.percentile(abs(moving - fixed), 99.8)
-    errors = {"cmap": "gray", "vmin": -most, "vmax": most}
+    made, moving, fixed = _in_percentiles(made, moving), _in_percentiles(moving, moving), _in_percentiles(fixed, fixed)
+    grey, errors = ({"cmap": "gray", "vmin": low, "vmax": 1.1} for low in (0, -1.1))
     panels = [
         Panel("moving", moving, grey),
         Panel("fixed", fixed, grey, outlines),
@@ -223,6 +225,12 @@ def _frame_slices(cine: NdarrayOrTensor, slice_dim: int) -> np.ndarray:
 def _matching(real: np.ndarray, count: int) -> dict[int, np.ndarray]:
     """Real frames by the number of the generated frame that they are the truth of."""
     return dict(enumerate(real)) if len(real) == count else {0: real[0], count - 1: real[-1]}
+
+
+def _in_percentiles(volume: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """The volume, the 0.5th and the 99.5th percentile of another brought to 0 and 1."""
+    low, high = np.percentile(of, [0.5, 99.5])
+    return (volume - low) / max(high - low, 1e-9)
 
 
 def _arrows(axis: Axes, right: np.ndarray, up: np.ndarray, number: int = 16) -> None:

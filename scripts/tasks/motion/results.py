@@ -148,7 +148,7 @@ class RegistrationSaver(CineSaver):
         labels = {
             heading: upright(case[key][-1:].cpu())
             for heading, key in (("label of the fixed volume", "target_label"), ("label, warped", "labels"))
-            if key in case
+            if case.get(key) is not None
         }
         registration_overview(
             folder / f"{name}_overview.png",
@@ -166,8 +166,11 @@ class RegistrationSaver(CineSaver):
             f"correlation_{when}": f"{torch.corrcoef(torch.stack([volume, fixed]))[0, 1]:.4f}"
             for when, volume in (("before", moving), ("after", warped))
         }
+        figures = super().figures(case) | alike
+        if case.get("label") is not None:  # whatever fractions of the way there are
+            figures["lv_first_ml"] = f"{volume_curve(case['label'], case['cine'].affine)[0]:.1f}"
         consistency = f"{case['inverse_consistency']:.3f}" if "inverse" in case else ""
-        return {**super().figures(case), **alike, "inverse_consistency_mm": consistency}
+        return {**figures, "inverse_consistency_mm": consistency}
 
 
 def along_axes(displacement: MetaTensor) -> torch.Tensor:

@@ -97,3 +97,11 @@ def test_a_registration_shows_both_label_maps_where_they_are(slice_dim):
 def test_a_registration_without_any_motion_is_drawn():
     cine, _ = frames()
     assert draw(registration_overview, cine[[0, -1]], cine[:1], np.zeros((3, 32, 28, 6), np.float32), {}).std() > 10
+
+
+def test_a_registration_shows_volumes_of_different_grey_levels_alike():
+    cine, _ = frames()
+    pair, field = cine[[0, -1]].astype(np.float32), moving()[-3:]
+    other = np.stack([pair[0], 100 + 7 * pair[1]])
+    drawn = [draw(registration_overview, volumes, pair[:1], field, {}) for volumes in (pair, other)]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 2

@@ -85,3 +85,4 @@ def test_a_registration_is_written_as_one_volume_with_the_way_back(tmp_path):
     row = saver.figures(case)
     assert row["correlation_after"] == "1.0000" and float(row["correlation_before"]) < 1
     assert row["inverse_consistency_mm"] == "0.500"
+    assert float(row["lv_first_ml"]) > float(row["lv_last_ml"]), "of the moving volume, and as it was warped"
