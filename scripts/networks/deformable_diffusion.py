@@ -98,9 +98,12 @@ class DeformableDiffusionNet(CineNet):
 
     def motion(self, source: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Source and latent code, prepared for the deformation module, and the fields (B, 1, 3, ...) without a code."""
-        code = self.noise(source, target, target, torch.zeros(len(source), device=source.device))
-        prepared = self._prepare(source, code)
+        prepared = self._prepare(source, self.code_of(source, target))
         return prepared, self._deform(prepared, [0.0])
+
+    def code_of(self, source: Tensor, target: Tensor) -> Tensor:
+        """Latent code of pairs (B, 1, H, W, D): what is estimated of the target without any noise."""
+        return self.noise(source, target, target, torch.zeros(len(source), device=source.device))
 
     def _prepare(self, source: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(source, self.amp):
@@ -114,6 +117,10 @@ class DeformableDiffusionNet(CineNet):
         prepared, without = motion
         fields = self._deform(prepared, gammas)
         return fields - (1 - as_factors(gammas, fields)) * without
+
+    def trained_motion(self, source: Tensor, code: Tensor) -> Any:
+        """What :meth:`velocities` takes, in the training: nothing is taken off the fields."""
+        return self._prepare(source, code), 0.0
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of both modules (eq. 5 to 7 of the paper).
@@ -133,4 +140,4 @@ class DeformableDiffusionNet(CineNet):
         noised = torch.where(clean.view(-1, 1, 1, 1, 1), target, noised)
         code = self.noise(source, target, noised, t.masked_fill(clean, 0))
         error = (code - noise).square().flatten(1).mean(dim=1).masked_fill(clean, 0).mean()
-        return {"noise": error, **self.motion_losses(image, (self._prepare(source, code), 0.0), generator)}
+        return {"noise": error, **self.motion_losses(image, self.trained_motion(source, code), generator)}

@@ -51,17 +51,18 @@ class DiffuseMorphNet(DeformableDiffusionNet):
         """Settings of the paper's inference."""
         return super().published | {"along": "score"}
 
-    def motion(self, source: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
-        """Moving volume and estimated noise, prepared for the deformation module; nothing is taken off its fields."""
-        code = self.noise(source, target, target, torch.zeros(len(source), device=source.device))
-        return self._prepare(source, code), 0.0
+    def motion(self, source: Tensor, target: Tensor) -> Any:
+        """Of pairs (B, 1, H, W, D): the field of the whole way, or with ``score`` what the deformation module takes."""
+        return self.trained_motion(source, self.code_of(source, target))
 
-    def velocities(self, motion: tuple[tuple[Tensor, Tensor], float], gammas: Sequence[float]) -> Tensor:
-        prepared, _ = motion
+    def trained_motion(self, source: Tensor, code: Tensor) -> Any:
+        prepared = self._prepare(source, code)
+        return prepared if self.along == "score" else self._deform(prepared, [1.0])
+
+    def velocities(self, motion: Any, gammas: Sequence[float]) -> Tensor:
         if self.along == "score":
-            return self._deform(prepared, gammas)
-        whole = self._deform(prepared, [1.0])
-        return as_factors(gammas, whole) * whole
+            return self._deform(motion, gammas)
+        return as_factors(gammas, motion) * motion
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:

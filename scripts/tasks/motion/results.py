@@ -82,7 +82,7 @@ class CineSaver(FolderSaver):
         cine_overview(
             folder / f"{name}_overview.png",
             frames,
-            along_axes(displacement),
+            _along_axes(displacement),
             real=cine,
             labels=upright(case["labels"].cpu()) if "labels" in case else None,
             title=", ".join([name, *self._told(case)]),
@@ -154,7 +154,7 @@ class RegistrationSaver(CineSaver):
             folder / f"{name}_overview.png",
             cine[[0, -1]],
             upright(case["frames"][-1:].cpu()),
-            along_axes(displacement),
+            _along_axes(displacement),
             labels,
             ", ".join([name, *self._told(case)]),
             affine_to_spacing(cine.affine).tolist(),
@@ -173,7 +173,7 @@ class RegistrationSaver(CineSaver):
         return {**figures, "inverse_consistency_mm": consistency}
 
 
-def along_axes(displacement: MetaTensor) -> torch.Tensor:
+def _along_axes(displacement: MetaTensor) -> torch.Tensor:
     """Displacements (3 F, H, W, D), in mm of the world, in mm along the axes of their image."""
     directions = displacement.affine[:3, :3] / torch.tensor(affine_to_spacing(displacement.affine).tolist())
     return turn_vectors(displacement.as_tensor(), directions.inverse())
