@@ -145,6 +145,15 @@ def ball(centre, size=(16, 16, 8)):
     return (2 * torch.sigmoid(3 * (1.5 - square)) - 1)[None, None]
 
 
+# settings of a deformable model that is as small as it can be, for volumes of 16 x 16 x 8
+SMALL_DEFORMABLE = {
+    "channels": (4, 4, 8),
+    "deformation_channels": (4, 4, 4, 4),
+    "deformation_out": 4,
+    "final_channels": (4,),
+}
+
+
 def ball_pair():
     """A ball that moves by three voxels, source and target: (1, 2, 16, 16, 8)."""
     return torch.cat([ball((6, 8, 4)), ball((9, 8, 4))], dim=1)

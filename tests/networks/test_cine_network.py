@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from made_inputs import SMALL_DEFORMABLE as SMALL
 from made_inputs import ball_pair as pair
 
 from scripts.networks.deformable_diffusion import DeformableDiffusionNet
@@ -9,12 +10,6 @@ from scripts.networks.registration import along
 from scripts.networks.voxelmorph import VoxelMorphNet
 
 SIZE = (16, 16, 8)
-SMALL = {
-    "channels": (4, 4, 8),
-    "deformation_channels": (4, 4, 4, 4),
-    "deformation_out": 4,
-    "final_channels": (4,),
-}
 SMALL_VOXELMORPH = {"channels": (4, 4, 4, 4), "out_channels": 4, "final_channels": (4,)}
 
 

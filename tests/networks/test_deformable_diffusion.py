@@ -2,17 +2,12 @@
 
 import pytest
 import torch
+from made_inputs import SMALL_DEFORMABLE as SMALL
 from made_inputs import ball_pair as pair
 
 from scripts.networks.deformable_diffusion import DeformableDiffusionNet
 
 SIZE = (16, 16, 8)
-SMALL = {
-    "channels": (4, 4, 8),
-    "deformation_channels": (4, 4, 4, 4),
-    "deformation_out": 4,
-    "final_channels": (4,),
-}
 
 
 def generator(seed=0):
