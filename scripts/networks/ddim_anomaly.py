@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder, DiffusionModelUNet
+from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
 from torch import Tensor, nn
 
 from scripts.losses import variational_bound
-from scripts.networks.slice_network import SliceNetwork, weighted_difference
-from scripts.precision import Amp, arithmetic, autocast
-from scripts.samplers import SOLVERS, alphas_cumprod_table, ddpm, draw_noised, level_grid, noise_from_v, noise_image
+from scripts.networks.denoising import DenoisingSliceNetwork
+from scripts.precision import Amp
+from scripts.samplers import SOLVERS, ddpm, draw_noised, noise_image
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
 
@@ -45,7 +45,7 @@ class AttentionPool(nn.Module):
         return self.out(torch.einsum("bnh,bnc->bhc", weight, x).flatten(1))
 
 
-class DDIMAnomalyNet(SliceNetwork):
+class DDIMAnomalyNet(DenoisingSliceNetwork):
     """Encode a slice into noise by DDIM, decode it guided towards health, and take the difference.
 
     One module holds the U-Net, which estimates the noise, and the classifier p(class | x_t, t). Both see the slice with
@@ -118,47 +118,36 @@ class DDIMAnomalyNet(SliceNetwork):
         seed: int = 0,
         amp: Amp = False,
     ) -> None:
-        super().__init__(in_channels, spatial_size, min_foreground, foreground_level, seed, amp)
-        for name, value, known in (
-            ("solver", solver, SOLVERS),
-            ("mode", mode, ("ddim", "ddpm")),
-            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
-        ):
+        super().__init__(
+            in_channels,
+            spatial_size,
+            fold,
+            channels,
+            schedule,
+            prediction_type,
+            num_levels,
+            level_power,
+            noise_level,
+            num_steps,
+            map_weights,
+            darker_weight,
+            smoothing,
+            outputs=2,  # noise (or v), and the place of the log variance between its bounds
+            min_foreground=min_foreground,
+            foreground_level=foreground_level,
+            seed=seed,
+            amp=amp,
+        )
+        for name, value, known in (("solver", solver, SOLVERS), ("mode", mode, ("ddim", "ddpm"))):
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
-        if not 1 <= noise_level <= num_levels:
-            raise ValueError(f"noise_level must lie in 1 ... {num_levels}, got {noise_level}")
-        multiple = fold * 2 ** max(len(classifier_channels), len(channels) - 1)
-        if any(size % multiple for size in spatial_size):
-            raise ValueError(f"spatial_size must be multiples of {multiple}, got {tuple(spatial_size)}")
-        self.prediction_type, self.num_levels, self.level_power = prediction_type, num_levels, level_power
-        self.noise_level, self.gradient_scale, self.num_steps = noise_level, gradient_scale, num_steps
-        self.guidance_steps, self.solver, self.mode = guidance_steps, solver, mode
-        self.map_weights = tuple(map_weights or [1.0] * in_channels)
-        self.darker_weight, self.smoothing, self.gate = darker_weight, smoothing, gate
-        self.skip_below, self.reference_steps = skip_below, reference_steps
-        if len(self.map_weights) != in_channels:
-            raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
-
-        # fused attention and channels_last are a tenth faster on a CPU, but their gradients in bfloat16 a third slower
-        in_float32 = arithmetic(self, torch.device("cpu")) == "float32"
-        folded = in_channels * fold**2
-        self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
-        self.unet = DiffusionModelUNet(
-            spatial_dims=2,
-            in_channels=folded,
-            out_channels=2 * folded,  # noise (or v), and the place of the log variance between its bounds
-            channels=channels,
-            attention_levels=[level == len(channels) - 1 for level in range(len(channels))],
-            num_res_blocks=1,
-            num_head_channels=32,
-            norm_num_groups=16,
-            use_flash_attention=in_float32,
-        )
+        self._check_size(fold * 2 ** max(len(classifier_channels), len(channels) - 1))
+        self.gradient_scale, self.guidance_steps, self.solver, self.mode = gradient_scale, guidance_steps, solver, mode
+        self.gate, self.skip_below, self.reference_steps = gate, skip_below, reference_steps
         depth = len(classifier_channels)
         self.classifier = DiffusionModelEncoder(
             spatial_dims=2,
-            in_channels=folded,
+            in_channels=self.folded_channels,
             out_channels=2,
             input_shape=[size // fold for size in spatial_size],
             channels=classifier_channels,
@@ -166,16 +155,15 @@ class DDIMAnomalyNet(SliceNetwork):
             num_res_blocks=1,
             num_head_channels=32,
             norm_num_groups=16,
-            use_flash_attention=in_float32,
+            use_flash_attention=self.in_float32,
         )
         # MONAI's dense head knows every place by heart; pooling by attention needs few patients
         lowest = [size // fold // 2**depth for size in spatial_size]
         self.classifier.out = nn.Sequential(
             nn.Unflatten(1, (classifier_channels[-1], *lowest)), AttentionPool(classifier_channels[-1], 2)
         )
-        if in_float32:
+        if self.in_float32:
             self.to(memory_format=torch.channels_last)
-        self.register_buffer("alphas_cumprod", alphas_cumprod_table(schedule, num_levels), persistent=False)
 
     @property
     def published(self) -> dict[str, object]:
@@ -190,12 +178,6 @@ class DDIMAnomalyNet(SliceNetwork):
             "reference_steps": 0,
         }
 
-    def _run(self, network: nn.Module, x: Tensor, t: Tensor | int) -> Tensor:
-        """Call a sub-network on the folded x; level t is the networks' step t - 1, counted from 0."""
-        step = torch.as_tensor(t, device=x.device).sub(1).clamp(min=0).expand(len(x))
-        with autocast(x, self.amp):
-            return network(self.fold(x), step).float()
-
     def estimate(self, x: Tensor, t: Tensor | int, target: int | None = None) -> tuple[Tensor, Tensor]:
         """What the U-Net makes of x at level t.
 
@@ -209,15 +191,10 @@ class DDIMAnomalyNet(SliceNetwork):
             the noise, and the place of the log variance between its bounds (0 and 1); both with the shape of x.
         """
         noise, raw = self.unfold(self._run(self.unet, x, t)).chunk(2, dim=1)
-        if self.prediction_type == "v_prediction":
-            noise = noise_from_v(x, noise, self._alpha(t))
+        noise = self._as_noise(x, noise, t)
         if target is not None:
             noise = noise - self.gradient_scale * (1 - self._alpha(t)).sqrt() * self.gradient(x, t, target)
         return noise, (raw + 1) / 2
-
-    def _alpha(self, t: Tensor | int) -> Tensor:
-        """Entry of the table for levels t, shaped to broadcast over (B, C, H, W)."""
-        return self.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
 
     def noise(self, x: Tensor, t: int, target: int | None = None) -> Tensor:
         """First part of :meth:`estimate`."""
@@ -249,10 +226,6 @@ class DDIMAnomalyNet(SliceNetwork):
         with torch.no_grad():
             return self._run(self.classifier, 2 * image - 1, 0).softmax(dim=1)[:, DISEASED]
 
-    def anomaly_map(self, image: Tensor, healthy: Tensor) -> Tensor:
-        """Weighted sum of the differences (B, 1, H, W) between slices and their healthy versions, both (B, C, H, W)."""
-        return weighted_difference(image, healthy, self.map_weights, self.darker_weight, self.smoothing)
-
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to noised images at level ``noise_level``, without guidance."""
         x = 2 * image - 1
@@ -278,9 +251,6 @@ class DDIMAnomalyNet(SliceNetwork):
         else:
             x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)
         return (x + 1) / 2
-
-    def _levels(self, num_steps: int | None = None) -> list[int]:
-        return level_grid(self.noise_level, num_steps or self.num_steps)
 
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), pseudo-healthy slices (B, C, H, W) and probability of disease (B,).
@@ -318,9 +288,8 @@ class DDIMAnomalyNet(SliceNetwork):
         x0 = 2 * image - 1
         x, t, noise = draw_noised(x0, self.alphas_cumprod, generator, self.level_power)
         pred, fraction = self.estimate(x, t)
-        error = pred - noise if self.prediction_type == "epsilon" else (pred - noise) / self._alpha(t).sqrt()  # in v
         return {
-            "noise": (error**2).mean(),
+            "noise": self._noise_error(pred, noise, t),
             "variance": variational_bound(pred, fraction, noise, t, self.alphas_cumprod),
             "classifier": nn.functional.cross_entropy(self._run(self.classifier, x, t), class_label),
         }
