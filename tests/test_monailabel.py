@@ -245,6 +245,18 @@ def test_settings_of_the_request_reach_the_network_and_the_postprocessing(server
         assert not np.array_equal(label, server.infer(name, scan_for(name), **QUICK[name] | change)), change
 
 
+def test_the_segmentation_comes_with_its_volume_and_on_request_with_where_it_is_uncertain(server):
+    mask = server.infer(ENSEMBLE, "mri_1", **QUICK[ENSEMBLE])
+    shown = server.infer(ENSEMBLE, "mri_1", **QUICK[ENSEMBLE], show="uncertainty")
+    assert (shown == 2).any() and not (shown > 2).any()
+    assert np.array_equal(shown == 1, (mask == 1) & (shown != 2))
+    form = urlencode({"params": json.dumps(QUICK[ENSEMBLE])}).encode()
+    answer = server.ask(f"/infer/{ENSEMBLE}?image=mri_1&output=json", form, "application/x-www-form-urlencoded")
+    told = json.loads(answer)
+    assert told["low_ml"] < told["ml"] < told["high_ml"] and told["look"] in (0, 1)
+    assert told["ml"] == pytest.approx(mask.sum() * 0.02)
+
+
 def test_training_on_labelled_volumes_gives_weights_that_the_next_request_uses(server, tmp_path):
     before = server.infer(MRI, "mri_1", **QUICK[MRI])
     weights = server.app / "model" / MRI / "models" / "model.pt"

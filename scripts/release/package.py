@@ -16,7 +16,7 @@ from scripts.files import own_tree, sha256_of, written_aside
 
 __all__ = ["needed_modules", "package", "package_all"]
 
-FOLDERS = ("configs", "docs", "models")
+FOLDERS = ("configs", "docs", "models", "baselines")
 LARGE_FILES = ("large_files.json", "large_files.yaml", "large_files.yml")  # MONAI's names of the list of files to fetch
 FILES = ("LICENSE", *LARGE_FILES)
 GENERATED = (".ckpt", ".pyc")  # endings of what training and Python leave behind

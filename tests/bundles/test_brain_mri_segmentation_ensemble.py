@@ -66,11 +66,22 @@ def test_the_baselines_are_trained_and_evaluated_on_the_same_rails(tmp_path, bas
     if baseline == "members":
         chosen = ("--member_weights", f"['{weights}','{weights}']", "--network_def#member#channels", "[16,32]")
         small = SMALL[:-2]
-    config = [*EVALUATE, f"configs/evaluate_{baseline}.json"]
+    config = [*EVALUATE, f"configs/{baseline}.json"]
     infer(tmp_path / "scans", tmp_path / "out", *chosen, *small, "--section", "all", config=config)
     rows = rows_of(tmp_path / "out" / "metrics.csv")
     assert [row["case"] for row in rows] == [*sorted(names), "mean", "std"]
     assert 0 <= float(rows[-2]["dice"]) <= 1 and (tmp_path / "out" / "reliability.png").is_file()
+
+
+@pytest.mark.parametrize(("config", "samples"), [("direct", 1), ("dropout", 3)])
+def test_the_direct_network_comes_with_weights_and_segments_as_the_ensemble_does(tmp_path, config, samples):
+    save_patient(tmp_path / "scans", "p")
+    config = ["configs/inference.json", f"configs/{config}.json"]
+    infer(tmp_path / "scans", tmp_path / "out", "--num_samples", samples, "--threshold", 0.05, config=config)
+    (row,) = rows_of(tmp_path / "out" / "results.csv")
+    low, volume, high = (float(row[f"finding_{name}"]) for name in ("low_ml", "ml", "high_ml"))
+    assert 0 <= low < volume < high
+    assert (float(row["agreement"]) == 1) == (samples == 1)
 
 
 def test_the_test_of_the_noisy_state_tells_how_much_the_estimate_depends_on_it(tmp_path):

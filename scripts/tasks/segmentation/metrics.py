@@ -137,7 +137,7 @@ class SegmentationMetrics(CohortMetrics):
             )
         label, found = (case[key].as_tensor().cpu() > 0 for key in ("label", "pred"))
         mean, entropy, samples = (case[key].as_tensor().cpu().float() for key in ("mean", "entropy", "samples"))
-        masks, volume = samples > self.threshold, case["volume"]
+        masks, volume = samples > self.threshold, case["result"]
         spacing = affine_to_spacing(case["label"].affine, 3).tolist()
         near = label.clone()
         if label.any():

@@ -21,7 +21,7 @@ class CaseSaver(FolderSaver):
     ``<case>/<case>_seg.nii.gz`` (uint8, from ``pred``), ``_uncertainty.nii.gz`` (float32, from ``entropy``, in bits),
     ``_overview.png``, of a DICOM series ``_seg.dcm`` (:meth:`scripts.results.FolderSaver.write_dicom`), and a row in
     ``results.csv``: which sequences were there, if there can be several; the volume of the mask in ml with the two ends of
-    its interval, how well the samples agree with it, and ``yes`` for a case that wants a look (all from ``volume``, see
+    its interval, how well the samples agree with it, and ``yes`` for a case that wants a look (all from ``result``, see
     :class:`scripts.tasks.segmentation.transforms.MeasureVolumed`); and how unlike the training's the scan is.
 
     Args:
@@ -62,7 +62,7 @@ class CaseSaver(FolderSaver):
             )
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:
-        meta, volume = case["image"].meta, case["volume"]
+        meta, volume = case["image"].meta, case["result"]
         return {
             **{key: meta[key] for key in ("sequences",) if "," in meta.get(key, "")},
             "finding_ml": f"{volume['ml']:.3f}",

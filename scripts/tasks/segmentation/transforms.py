@@ -18,7 +18,7 @@ from scripts.losses import binary_entropy
 from scripts.metrics import dice
 from scripts.results import millilitres
 
-__all__ = ["MapUncertaintyd", "MeasureVolumed", "conformal_factor", "spread_of_volumes", "volume_interval"]
+__all__ = ["MapUncertaintyd", "MarkUncertaind", "MeasureVolumed", "conformal_factor", "spread_of_volumes", "volume_interval"]
 
 LEAST_SPREAD, LEAST_SHARE = 0.1, 0.02  # ml, and share of the volume, that are added to a spread
 
@@ -91,6 +91,33 @@ class MapUncertaintyd(MapTransform):
         return d
 
 
+class MarkUncertaind(MapTransform):
+    """Mark in a mask where it is uncertain, in it and around it: 1 is lesion, 2 what may be one, 0 the rest.
+
+    Args:
+        keys: keys of the masks (1, H, W, D).
+        entropy_keys: keys of the entropies in bits, same shape.
+        above: entropy in bits from which on a voxel is uncertain; 0.5 is that of a probability of 0.11 or 0.89.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        entropy_keys: KeysCollection = "entropy",
+        above: float = 0.5,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.entropy_keys, self.above = ensure_tuple_rep(entropy_keys, len(self.keys)), above
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key, entropy_key in self.key_iterator(d, self.entropy_keys):
+            d[key] = d[key].masked_fill(d[entropy_key] >= self.above, 2)
+        return d
+
+
 class MeasureVolumed(MapTransform):
     """Volume of a mask with its interval, and how well the samples agree with it.
 
@@ -98,7 +125,7 @@ class MeasureVolumed(MapTransform):
     ``above``, its spread before the factor (:func:`spread_of_volumes`); ``agreement``, the mean Dice of the samples with the
     mask, in [0, 1], which says how good the mask is without a label (Roy et al. 2019, arXiv 1811.09800); ``look``, 1 for a
     case that wants a look, as the samples disagree or the scan is unlike the training's
-    (:class:`scripts.fingerprint.CompareWithTrainingd`), else 0.
+    (:class:`scripts.fingerprint.CompareWithTrainingd`), else 0. MONAI Label sends what is called ``result`` with the mask.
 
     Args:
         keys: key of the samples, probabilities (n, H, W, D).
@@ -116,7 +143,7 @@ class MeasureVolumed(MapTransform):
         self,
         keys: KeysCollection = "samples",
         mask_key: str = "pred",
-        output_key: str = "volume",
+        output_key: str = "result",
         level: float = 0.8,
         factor: float = 1.0,
         look_below: float = 0.0,

@@ -7,6 +7,7 @@ from monai.data import MetaTensor
 
 from scripts.tasks.segmentation.transforms import (
     MapUncertaintyd,
+    MarkUncertaind,
     MeasureVolumed,
     conformal_factor,
     spread_of_volumes,
@@ -61,8 +62,16 @@ def test_a_case_wants_a_look_if_its_samples_disagree_or_the_scan_is_unlike_the_t
         "pred": MetaTensor(mask.byte(), affine=affine),
         "samples": MetaTensor(torch.cat([mask, smaller]), affine=affine),
     }
-    volume = MeasureVolumed(factor=2.0, look_below=look_below)(data)["volume"]
+    volume = MeasureVolumed(factor=2.0, look_below=look_below)(data)["result"]
     assert volume["ml"] == pytest.approx(4.0) and volume["high_ml"] == pytest.approx(4.0 + 2 * 0.18)
     assert volume["low_ml"] == pytest.approx(4.0 - 2 * (0.8 * 0.9 + 0.18), abs=1e-5)  # the lower tenth of 3.2 and 4.0
     assert volume["agreement"] == pytest.approx((1 + 8 / 9) / 2)
     assert volume["look"] == look
+
+
+def test_what_is_uncertain_in_a_mask_and_around_it_is_marked():
+    mask = torch.tensor([1, 1, 0, 0], dtype=torch.uint8).view(1, 4, 1, 1)
+    entropy = MapUncertaintyd()({"mean": torch.tensor([0.99, 0.8, 0.2, 0.01]).view(1, 4, 1, 1)})["entropy"]
+    marked = MarkUncertaind()({"pred": mask, "entropy": entropy})["pred"]
+    assert marked.flatten().tolist() == [1, 2, 2, 0] and marked.dtype == torch.uint8
+    assert mask.flatten().tolist() == [1, 1, 0, 0]
