@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from pydoc import locate
 
 import fire
+from monai.bundle import ConfigParser
 
 from scripts import speed
 from scripts.bundle import configuration
@@ -24,7 +26,6 @@ from scripts.release.verify import verify as faults_of
 from scripts.tasks.anomaly.benchmark import compare_with_published, grey_level_baseline, tune
 from scripts.tasks.anomaly.comparison import Method, compare_methods, methods_of
 from scripts.tasks.anomaly.evaluation import choose_floor
-from scripts.tasks.segmentation.evaluation import compare_runs
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -178,73 +179,64 @@ def run_baseline(name: str, dataset_dir: str, channel: int = 1) -> None:
     grey_level_baseline(_bundle(name), dataset_dir, channel)
 
 
-def compare_cines(
-    name: str, dataset_dir: str, output_dir: str = "comparison", section: str = "validation", **settings: object
-) -> None:
-    """Evaluate a bundle's method and what it is compared with on the same patients, and print and write one table.
-
-    Args:
-        name: bundle whose evaluate.json lists the methods, each with the configurations and settings that differ.
-        dataset_dir: folder of labelled cases.
-        output_dir: folder to write to: one a method, and comparison.csv.
-        section: section of the cases.
-        settings: other settings of all evaluations.
-    """
-    bundle, output = _bundle(name), Path(output_dir).resolve()
-    evaluation = configuration(bundle, "evaluate")
-    folders = {}
-    for method, own in evaluation["methods"].items():
-        folders[method] = output / method.replace(" ", "_").replace(",", "")
-        changes = {"section": section, **settings, **{key: value for key, value in own.items() if key != "configs"}}
-        try:
-            run_inference(
-                bundle, Path(dataset_dir).resolve(), folders[method], ("evaluate", *own.get("configs", ())), **changes
-            )
-        except RuntimeError as error:
-            sys.exit(f"{method}: {error}")
-    locate(evaluation["comparison"])(folders, output / "comparison.csv")
-
-
 def compare(
-    *names: str,
-    dataset_dir: str,
-    output_dir: str,
-    most_false_ml: float = 5.0,
-    section: str = "test",
-    also: str | None = None,
+    *names: str, dataset_dir: str, output_dir: str, section: str = "test", also: str | None = None, **settings: object
 ) -> None:
-    """Compare all bundles that find anomalies in brain MRI, and the controls beside them, by one rule on the same patients.
+    """Compare methods on the same patients by one rule; print a table, and write it with its intervals.
+
+    Of a bundle whose evaluate.json lists ``methods``, these. Else all bundles that find anomalies in brain MRI, or those
+    that are named, and the controls beside them.
 
     Args:
-        names: bundles; all of the kind if none is named.
+        names: one bundle with methods of its own; or bundles that find anomalies, all of them if none is named.
         dataset_dir: folder of labelled cases.
         output_dir: folder for the results of each method, and for the comparison's table and picture.
-        most_false_ml: millilitres a volume that may be found falsely in lesion-free slices of the validation patients, by
-            which the threshold of each method is chosen.
         section: section to measure on.
-        also: JSON file with further methods by their names, each with ``bundle``, and ``configs`` and ``settings`` if it has
-            other than the bundle itself, such as weights of a training of your own.
+        also: JSON file with further methods by their names, each with ``configs`` and settings as in evaluate.json; for
+            anomalies with ``bundle``, and ``configs`` and ``settings`` if it has other than the bundle itself. So weights of
+            a training of your own are compared.
+        settings: other settings of all evaluations; for anomalies ``most_false_ml``, the millilitres a volume that may be
+            found falsely in lesion-free slices of the validation patients, by which each method's threshold is chosen (5).
     """
-    methods = methods_of(_bundles(*names))
-    if also:
-        for name, about in json.loads(Path(also).read_text(encoding="utf-8")).items():
-            methods[name] = Method(_bundle(about["bundle"]), tuple(about.get("configs", ())), about.get("settings", {}))
+    more = json.loads(Path(also).read_text(encoding="utf-8")) if also else {}
+    bundles = _bundles(*names)
+    evaluations = {
+        b: configuration(b, "inference", "evaluate") for b in bundles if (b / "configs" / "evaluate.json").is_file()
+    }
+    within = [bundle for bundle, evaluation in evaluations.items() if names and evaluation.get("methods")]
+    if within and len(bundles) > 1:
+        sys.exit(f"{within[0].name} has methods of its own: name it alone")
+    if within:
+        _compare_evaluations(within[0], evaluations[within[0]], more, dataset_dir, Path(output_dir), section, settings)
+        return
+    methods = methods_of(bundles)
+    for name, about in more.items():
+        methods[name] = Method(_bundle(about["bundle"]), tuple(about.get("configs", ())), about.get("settings", {}))
     if not methods:
-        sys.exit("none of the bundles finds anomalies in brain MRI")
-    compare_methods(methods, str(dataset_dir), str(output_dir), most_false_ml, section)
+        sys.exit("none of the bundles finds anomalies in brain MRI, or has methods in its evaluate.json")
+    compare_methods(methods, str(dataset_dir), str(output_dir), section=section, **settings)
 
 
-def compare_segmentations(*runs: str, figure: str | None = None) -> None:
-    """Print a table of evaluated segmentation methods, with intervals over patients, and of what the first is ahead.
-
-    Args:
-        runs: folders of evaluations of the same cases, each as NAME=FOLDER.
-        figure: PNG to draw the reliability diagram of all to, or None.
-    """
-    try:
-        print(compare_runs(dict(run.split("=", 1) for run in runs), figure))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+def _compare_evaluations(
+    bundle: Path,
+    evaluation: ConfigParser,
+    more: dict[str, dict],
+    dataset_dir: str,
+    output_dir: Path,
+    section: str,
+    settings: dict[str, object],
+) -> None:
+    """Evaluate every method of a bundle into a folder of its own, and compare them as its evaluate.json says."""
+    folders = {}
+    for method, own in {**evaluation["methods"], **more}.items():
+        folders[method] = output_dir.resolve() / re.sub(r"[^\w-]+", "_", method)
+        changes = {"section": section, **settings, **{key: value for key, value in own.items() if key != "configs"}}
+        configs = ("evaluate", *own.get("configs", ()))
+        try:
+            run_inference(bundle, Path(dataset_dir).resolve(), folders[method], configs, **changes)
+        except RuntimeError as error:
+            sys.exit(f"{method}: {error}")
+    locate(evaluation["comparison"])(folders, output_dir)
 
 
 def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings: object) -> None:
@@ -343,8 +335,6 @@ def main() -> None:
             "published": run_published,
             "floor": run_floor,
             "compare": compare,
-            "compare_cines": compare_cines,
-            "compare_segmentations": compare_segmentations,
             "fingerprint": fingerprint,
             "draw": draw,
             "package": package,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,11 +70,17 @@ def test_compare_evaluates_every_method_of_the_bundle_on_the_same_section(tmp_pa
             write_rows(output_dir / f"{table}.csv", [{**case, "seconds": 1} for case in cases])
 
     monkeypatch.setattr(main, "run_inference", evaluate)
-    main.compare_cines("cardiac_mri_deformable_diffusion", tmp_path, tmp_path / "out", section="test", amp=False)
+    also = tmp_path / "also.json"
+    also.write_text(json.dumps({"mine": {"configs": ["evaluate_voxelmorph"], "smoothness": 3}}))
+    options = {"dataset_dir": tmp_path, "output_dir": tmp_path / "out", "also": also, "amp": False}
+    main.compare("cardiac_mri_deformable_diffusion", **options)
     assert runs["default"] == (("evaluate",), {"section": "test", "amp": False})
     changes = {"section": "test", "amp": False, "coarse_steps": 40}
     assert runs["refinement_alone_as_long"] == (("evaluate", "evaluate_refinement"), changes)
-    assert {row["method"] for row in rows_of(tmp_path / "out" / "comparison.csv")} >= {"default", "networks alone"}
+    assert runs["mine"] == (("evaluate", "evaluate_voxelmorph"), {"section": "test", "amp": False, "smoothness": 3})
+    assert {row["method"] for row in rows_of(tmp_path / "out" / "comparison.csv")} >= {"default", "networks alone", "mine"}
+    with pytest.raises(SystemExit, match="methods of its own"):
+        main.compare("cardiac_mri_deformable_diffusion", NAME, **options)
 
 
 def test_benchmark_and_tune_print_their_tables(tmp_path):

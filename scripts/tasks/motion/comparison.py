@@ -39,13 +39,13 @@ HEADINGS = {
 }
 
 
-def compare_cines(folders: Mapping[str, Path], path: Path) -> list[dict]:
+def compare_cines(folders: Mapping[str, Path], output_dir: Path) -> list[dict]:
     """Write and print a table of evaluated methods: all patients, each group, and the differences to the first method.
 
     Args:
         folders: by method, the folder of its evaluation, with the ``metrics.csv`` of
             :class:`scripts.tasks.motion.metrics.CineMetrics` and ``results.csv``.
-        path: CSV file to write.
+        output_dir: folder for ``comparison.csv``.
 
     Returns:
         rows with ``method``, ``group`` (``all`` among them), ``patients``, and of each figure (``psnr_gain`` in dB,
@@ -70,7 +70,7 @@ def compare_cines(folders: Mapping[str, Path], path: Path) -> list[dict]:
         for method in tables:
             chosen = [[tables[name][case] for case in cases] for name in (method, first)]
             rows.append({"method": method, "group": group, "patients": len(cases), **_figures(*chosen, method != first)})
-    write_rows(path, rows)
+    write_rows(output_dir / "comparison.csv", rows)
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         logger.info(f"{group}, {own[0]['patients']} patients\n\n{_markdown(own)}\n")

@@ -1,10 +1,8 @@
-"""Compares evaluated methods, and asks whether a diffusion model looks at its noised mask at all."""
+"""Asks whether a diffusion model looks at its noised mask at all."""
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,85 +12,16 @@ from torch import Tensor
 
 from scripts.bundle import with_weights
 from scripts.data.slices import SliceDataset
-from scripts.files import own_file
-from scripts.metrics import bootstrap_interval, dice
+from scripts.metrics import dice
 from scripts.networks.segmentation_ensemble import SegmentationEnsembleNet
 from scripts.samplers import level_grid, noise_image
 from scripts.tables import markdown_table, mean_and_std, write_rows
-from scripts.tasks.segmentation.figures import reliability_figure
 
-__all__ = ["compare_runs", "noisy_state"]
+__all__ = ["noisy_state"]
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {
-    "dice": "Dice",
-    "hd95_mm": ("HD95, mm", ".1f"),
-    "ece": ("ECE", ".4f"),
-    "near_ece": ("ECE near", ".3f"),
-    "nll": ("NLL", ".4f"),
-    "near_nll": "NLL near",
-    "error_auroc": "AUROC of errors",
-    "energy": "energy distance",
-    "raw_covered": ("coverage, raw", ".2f"),
-    "covered": ("coverage", ".2f"),
-    "width_ml": ("width, ml", ".1f"),
-}
 STATES = ("noised truth", "pure noise", "noised mirror", "truth")
-
-
-def compare_runs(runs: Mapping[str, PathLike], path: PathLike | None = None) -> str:
-    """Markdown table of evaluated methods with bootstrap intervals over patients, and of their differences from the first.
-
-    Args:
-        runs: folder with ``metrics.csv``, and ``reliability.csv``, by method; all of the same cases.
-        path: PNG for the reliability diagram of all, or None.
-
-    Raises:
-        ValueError: if the cases are not the same.
-    """
-    tables = {name: _cases(Path(folder) / "metrics.csv") for name, folder in runs.items()}
-    first = next(iter(tables.values()))
-    for name, table in tables.items():
-        if table.keys() != first.keys():
-            raise ValueError(f"{name} has other cases than {next(iter(tables))}: evaluate both on the same section")
-    formats = {key: (about, ".3f") if isinstance(about, str) else about for key, about in COLUMNS.items()}
-
-    def line(name: str, values: Mapping[str, Sequence[float]], sign: str = "") -> str:
-        cells = []
-        for key, (_, form) in formats.items():
-            low, high = bootstrap_interval(values[key])
-            cells.append(f"{np.nanmean(values[key]):{sign}{form}} ({low:{sign}{form}} to {high:{sign}{form}})")
-        return f"| {name} | " + " | ".join(cells) + " |"
-
-    lines = [
-        "| method | " + " | ".join(heading for heading, _ in formats.values()) + " |",
-        "|---" * (len(formats) + 1) + "|",
-    ]
-    for name, table in tables.items():
-        lines.append(line(name, {key: [row[key] for row in table.values()] for key in formats}))
-    for name, table in list(tables.items())[1:]:
-        pairs = {key: [first[case][key] - row[key] for case, row in table.items()] for key in formats}
-        lines.append(line(f"{next(iter(tables))} minus {name}", pairs, "+"))
-    if path:
-        bins = {}
-        for name, folder in runs.items():
-            rows = _rows(Path(folder) / "reliability.csv")
-            bins[name] = [[float(row[key]) for key in ("voxels", "probability", "lesion")] for row in rows]
-        with own_file(path) as aside:
-            reliability_figure(aside, bins)
-    return "\n".join(lines)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _cases(path: Path) -> dict[str, dict[str, float]]:
-    """Figures of each case of a table of :class:`scripts.tasks.segmentation.metrics.SegmentationMetrics`."""
-    rows = [row for row in _rows(path) if row["case"] not in ("mean", "std")]
-    return {row["case"]: {key: float(value) for key, value in row.items() if key != "case"} for row in rows}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def test_methods_are_compared_over_all_patients_and_in_each_group(tmp_path, capl
         "default": evaluation(tmp_path / "a", NOR1=1, NOR2=3, DCM1=5),
         "other": evaluation(tmp_path / "b", NOR1=0.5, NOR2=2.5, DCM1=4.5),
     }
-    compare_cines(folders, tmp_path / "comparison.csv")
+    compare_cines(folders, tmp_path)
     rows = {(row["method"], row["group"]): row for row in rows_of(tmp_path / "comparison.csv")}
     assert list(rows) == [(method, group) for group in ("all", "DCM", "NOR") for method in folders]
     gains = {key: float(row["psnr_gain"]) for key, row in rows.items()}
@@ -45,11 +45,11 @@ def test_methods_are_compared_over_all_patients_and_in_each_group(tmp_path, capl
 def test_methods_evaluated_on_other_patients_are_not_compared(tmp_path):
     folders = {"default": evaluation(tmp_path / "a", NOR1=1), "other": evaluation(tmp_path / "b", NOR2=1)}
     with pytest.raises(ValueError, match=f"{tmp_path / 'b'}: other patients than in {tmp_path / 'a'}"):
-        compare_cines(folders, tmp_path / "comparison.csv")
+        compare_cines(folders, tmp_path)
     assert not (tmp_path / "comparison.csv").exists()
 
 
 def test_a_figure_that_no_patient_has_is_not_known(tmp_path):
     folders = {"default": evaluation(tmp_path / "a", NOR1=float("nan"), NOR2=float("nan"))}
-    (row,) = [row for row in compare_cines(folders, tmp_path / "comparison.csv") if row["group"] == "all"]
+    (row,) = [row for row in compare_cines(folders, tmp_path) if row["group"] == "all"]
     assert row["psnr_gain"] != row["psnr_gain"] and row["dice_after"] == 0.75

@@ -9,7 +9,6 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.tasks.segmentation.evaluation import compare_runs
 from scripts.tasks.segmentation.metrics import (
     SegmentationMetrics,
     calibration_error,
@@ -91,18 +90,3 @@ def test_a_case_without_a_label_is_refused_by_name(tmp_path):
     case = make_case("a") | {"label": None}
     with pytest.raises(ValueError, match="Case a has no label"):
         SegmentationMetrics(tmp_path)._evaluate(case)
-
-
-def test_runs_are_compared_patient_by_patient(tmp_path):
-    for name, shifts in (("good", (0, 1)), ("bad", (2, 3))):
-        (tmp_path / name).mkdir()
-        evaluate(tmp_path / name, [make_case(case, shift) for case, shift in zip("ab", shifts, strict=True)])
-    table = compare_runs({"good": tmp_path / "good", "bad": tmp_path / "bad"}, tmp_path / "reliability.png")
-    lines = table.splitlines()
-    assert lines[2].startswith("| good | 0.950 (") and lines[3].startswith("| bad | 0.750 (")
-    assert lines[4].startswith("| good minus bad | +0.200 (+0.200 to +0.200)")
-    assert (tmp_path / "reliability.png").is_file()
-    (tmp_path / "other").mkdir()
-    evaluate(tmp_path / "other", [make_case("c")])
-    with pytest.raises(ValueError, match="other has other cases than good"):
-        compare_runs({"good": tmp_path / "good", "other": tmp_path / "other"})
