@@ -195,8 +195,8 @@ def compare(
         also: JSON file with further methods by their names, each with ``configs`` and settings as in evaluate.json; for
             anomalies with ``bundle``, and ``configs`` and ``settings`` if it has other than the bundle itself. So weights of
             a training of your own are compared.
-        settings: other settings of all evaluations; for anomalies ``most_false_ml``, the millilitres a volume that may be
-            found falsely in lesion-free slices of the validation patients, by which each method's threshold is chosen (5).
+        settings: other settings of all evaluations; for anomalies ``most_false_ml``, the millilitres that are expected to be
+            found falsely in a volume (5), and ``cap_ml``, as which more counts (20), by which thresholds are chosen.
     """
     more = json.loads(Path(also).read_text(encoding="utf-8")) if also else {}
     bundles = _bundles(*names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,11 @@ def peak(anomaly_map: np.ndarray, shares: Sequence[float], minimum: float = 0.0)
     return apply_hysteresis_threshold(anomaly_map, low, high), low
 
 
+def _controlled(losses: np.ndarray, bound: float) -> np.ndarray:
+    """Bound of the next patient's expected loss, by those of n patients, (n, ...)."""
+    return (losses.sum(axis=0) + bound) / (len(losses) + 1)
+
+
 def risk_controlled(losses: np.ndarray, thresholds: Sequence[float], risk: float, bound: float = 1.0) -> float:
     """The smallest threshold with a bounded expected loss, by conformal risk control (Angelopoulos et al. 2022,
     arXiv 2208.02814, eq. 4).
@@ -64,7 +70,7 @@ def risk_controlled(losses: np.ndarray, thresholds: Sequence[float], risk: float
         )
     if not (0 <= losses.min() and losses.max() <= bound) or (np.diff(losses, axis=1) > 0).any():
         raise ValueError(f"losses must lie in 0 ... {bound:g} and fall with the threshold")
-    controlled = (losses.sum(axis=0) + bound) / (len(losses) + 1)
+    controlled = _controlled(losses, bound)
     if not (controlled <= risk).any():
         raise ValueError(
             f"no threshold has an expected loss of {risk:g}; {len(losses)} patients allow {controlled.min():.3g} at least: "
@@ -73,27 +79,35 @@ def risk_controlled(losses: np.ndarray, thresholds: Sequence[float], risk: float
     return float(thresholds[(controlled <= risk).argmax()])
 
 
-def at_false_positives(healthy: Sequence[np.ndarray], voxel_ml: Sequence[float], most_ml: float) -> float:
-    """Lowest threshold above which no more than so much is found where nothing is, in the mean of the volumes.
+def at_false_positives(healthy: Sequence[np.ndarray], voxel_ml: Sequence[float], most_ml: float, cap_ml: float) -> float:
+    """Lowest threshold above which no more than so much is expected to be found where nothing is.
+
+    By conformal risk control, see :func:`risk_controlled`: the loss of a volume is what is found in it, ``cap_ml`` at most.
 
     Args:
         healthy: maps of the places without anomaly, 0 or more, an array of any shape for each volume.
         voxel_ml: size of a voxel of each volume, in millilitres.
-        most_ml: millilitres a volume that may be found falsely.
+        most_ml: largest expected loss, in millilitres a volume.
+        cap_ml: largest loss of a volume, in millilitres; with n volumes ``most_ml`` can't be less than cap_ml / (n + 1).
 
     Returns:
         the threshold, of which "map > threshold" is meant; 0 if less than that is above 0.
 
     Raises:
-        ValueError: if there is no volume.
+        ValueError: if there is no volume, or by :func:`risk_controlled` if there are too few.
     """
     if not healthy:
         raise ValueError("lesion-free slices of one patient or more are needed to choose a threshold by")
-    values = np.concatenate([part[part > 0].ravel() for part in healthy])
-    sizes = np.concatenate([np.full((part > 0).sum(), size) for part, size in zip(healthy, voxel_ml, strict=True)])
-    order = np.argsort(-values, kind="stable")
-    too_many = np.flatnonzero(sizes[order].cumsum() > most_ml * len(healthy) * (1 + 1e-9))
-    return float(values[order[too_many[0]]]) if len(too_many) else 0.0
+    ranked = [np.sort(part[part > 0], axis=None) for part in healthy]
+    values = np.unique([0.0, *np.concatenate(ranked)])
+
+    def losses(threshold: float) -> np.ndarray:
+        above = [len(part) - np.searchsorted(part, threshold, side="right") for part in ranked]
+        return np.minimum(np.multiply(above, voxel_ml), cap_ml)
+
+    place = bisect_left(values, True, key=lambda value: _controlled(losses(value), cap_ml) <= most_ml)
+    last = float(values[min(place, len(values) - 1)])
+    return risk_controlled(losses(last)[:, None], [last], most_ml, cap_ml)
 
 
 def rarely_exceeded(values: Sequence[float], rate: float) -> float:

@@ -165,6 +165,15 @@ def save_patient(folder: Path, name: str, seed: int = 0, num_slices: int = 3) ->
     return folder / name
 
 
+def make_whole_head() -> tuple[np.ndarray, np.ndarray]:
+    """A slice of MRI (3, 128, 128) with scalp, skull and brain, and where the brain is, (128, 128)."""
+    x, y = np.mgrid[-1:1:128j, -1:1:128j]
+    radius = np.hypot(x / 0.65, y / 0.8)
+    image = np.select([radius < 0.8, radius < 0.9, radius < 1], [0.4, 0.05, 0.7], 0.0).astype(np.float32)
+    image[60:70, 60:70] += 0.3
+    return np.stack([image] * 3), radius < 0.8
+
+
 def make_ct_slice(seed: int = 0) -> np.ndarray:
     """A made axial slice of a head CT (64, 64), x to the patient's left and y to the back: air 25, brain, skull 255."""
     rng = np.random.default_rng(seed)

@@ -49,25 +49,28 @@ def test_what_can_not_be_controlled_is_refused(losses, thresholds, risk, told):
         risk_controlled(np.array(losses), thresholds, risk)
 
 
-def test_above_the_threshold_lies_the_stated_volume_in_the_mean_of_the_cases_and_below_it_more():
+@pytest.mark.parametrize("most", [6.0, 9.0])
+def test_above_the_threshold_lies_what_leaves_room_for_one_volume_of_the_largest_loss(most):
     rng = np.random.default_rng(0)
-    maps, sizes = [rng.random((20, 20, 5)) for _ in range(3)], [0.02, 0.02, 0.05]
+    maps, sizes, cap = [rng.random((20, 20, 5)) for _ in range(3)], [0.02, 0.02, 0.05], 20.0
 
-    def found(threshold: float) -> float:
-        return float(np.mean([(x > threshold).sum() * size for x, size in zip(maps, sizes, strict=True)]))
+    def expected(threshold: float) -> float:
+        found = [(x > threshold).sum() * size for x, size in zip(maps, sizes, strict=True)]
+        return float(np.minimum(found, cap).sum() + cap) / 4
 
-    for most in (0.5, 3.0):
-        threshold = at_false_positives(maps, sizes, most)
-        assert most - 0.05 < found(threshold) <= most < found(np.nextafter(threshold, 0))
+    threshold = at_false_positives(maps, sizes, most, cap)
+    assert most - 0.05 < expected(threshold) <= most < expected(np.nextafter(threshold, 0))
 
 
 def test_maps_without_so_much_in_them_need_no_threshold():
-    assert at_false_positives([np.zeros((4, 4, 2)), np.full((2, 2, 2), 0.3)], [1.0, 1.0], 5.0) == 0
+    assert at_false_positives([np.zeros((4, 4, 2)), np.full((2, 2, 2), 0.3)], [1.0, 0.1], 5.0, 10.0) == 0
 
 
-def test_no_volume_is_refused():
+def test_a_volume_that_too_few_volumes_can_tell_is_refused():
     with pytest.raises(ValueError, match="lesion-free slices of one patient"):
-        at_false_positives([], [], 3.0)
+        at_false_positives([], [], 3.0, 10.0)
+    with pytest.raises(ValueError, match="1 patients allow 5 at least"):
+        at_false_positives([np.ones((2, 2, 2))], [1.0], 3.0, 10.0)
 
 
 def test_a_new_value_exceeds_the_limit_no_more_often_than_the_rate():

@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd, LoadImage
 from torch import Tensor, nn
 
+from scripts.brains import brain_masks
 from scripts.bundle import configuration, with_weights
 from scripts.data.layouts import find_cases
 from scripts.files import check_own, own_file
@@ -26,7 +27,6 @@ from scripts.speed import gflop_of
 from scripts.tables import markdown_table, mean_and_std, write_rows
 from scripts.tasks.anomaly.figures import methods_figure
 from scripts.tasks.anomaly.metrics import SIZES, cohort_figures
-from scripts.tasks.anomaly.transforms import brain_mask
 from scripts.thresholds import at_false_positives
 from scripts.transforms import has_foreground, upright
 
@@ -144,8 +144,8 @@ def _labelled_cases(method: Method, dataset_dir: str, section: str) -> tuple[lis
             slices = image.as_tensor().movedim(-1, 0)
             slices = slices[has_foreground(slices)]
             slices = slices[torch.linspace(0, len(slices) - 1, min(8, len(slices))).round().long()]
-        brain = np.stack([brain_mask(image[..., i].numpy()) for i in range(image.shape[-1])], axis=-1)
-        item = back({**item, "brain": MetaTensor(torch.as_tensor(brain)[None].float(), meta=image.meta)})
+        brain = torch.from_numpy(brain_masks(image.numpy()))[None].float()
+        item = back({**item, "brain": MetaTensor(brain, meta=image.meta)})
         size = millilitres(torch.ones_like(item["label"])) / item["label"].numel()
         volumes = (upright(item[key]).numpy() for key in ("image", "label", "brain"))
         image, label, brain = (next(volumes)[shown], next(volumes)[0] > 0, next(volumes)[0] > 0.5)
@@ -156,14 +156,20 @@ def _labelled_cases(method: Method, dataset_dir: str, section: str) -> tuple[lis
 
 
 def compare_methods(
-    methods: Mapping[str, Method], dataset_dir: str, output_dir: str, most_false_ml: float = 5.0, section: str = "test"
+    methods: Mapping[str, Method],
+    dataset_dir: str,
+    output_dir: str,
+    most_false_ml: float = 5.0,
+    cap_ml: float = 20.0,
+    section: str = "test",
 ) -> list[dict]:
     """Compare methods that find anomalies on the same patients, grid and brain, by one rule, and print a Markdown table.
 
     Every method runs as its bundle's inference does, into ``<output_dir>/<section>/<method>``; what is finished is not done
-    again. Its map, 0 outside of the brain (by :func:`scripts.tasks.anomaly.transforms.brain_mask`), is cut at one threshold
-    for all patients: the lowest above which no more than ``most_false_ml`` a volume are found in the lesion-free slices of
-    the validation patients. Beside that stand the figures of the bundle's own mask. Every slice counts.
+    again. Its map, 0 outside of the brain (by :func:`scripts.brains.brain_masks`), is cut at one threshold for all patients:
+    the lowest with which no more than ``most_false_ml`` are expected to be found in the lesion-free slices of a volume, by
+    those of the validation patients (:func:`scripts.thresholds.at_false_positives`). Beside that stand the figures of the
+    bundle's own mask. Every slice counts.
 
     Written are ``comparison.csv`` (a row a method), ``comparison_cases.csv``, ``comparison.md`` and ``comparison.png``: the
     slice with the largest lesion of up to six patients. The picture shows patients.
@@ -172,7 +178,8 @@ def compare_methods(
         methods: by their names.
         dataset_dir: folder of labelled cases.
         output_dir: folder to write to.
-        most_false_ml: millilitres a volume that may be found falsely, in the mean of the validation patients.
+        most_false_ml: millilitres a volume that are expected to be found falsely, at most.
+        cap_ml: as so much counts what is found falsely in a volume and is more.
         section: section to measure on.
 
     Returns:
@@ -195,6 +202,7 @@ def compare_methods(
             [anomaly[..., case.free] for anomaly, case in zip(maps["validation"], validation, strict=True)],
             [case.voxel_ml for case in validation],
             most_false_ml,
+            cap_ml,
         )
         masks = [anomaly > threshold for anomaly in maps[section]]
         own = [case.read(folder / section / name, "seg") > 0 for case in cases]
@@ -211,7 +219,8 @@ def compare_methods(
     table = markdown_table(mean_and_std(known), COMPARED)
     lines = [f"- {name} has seen: {method.seen}" for name, method in methods.items()]
     text = (
-        f"{len(cases)} patients, {sum(len(case.free) for case in cases)} slices ({section}); {most_false_ml:g} ml a volume"
+        f"{len(cases)} patients, {sum(len(case.free) for case in cases)} slices ({section}); at most "
+        f"{most_false_ml:g} ml expected in the lesion-free slices of a volume, of which {cap_ml:g} ml count at most"
     )
     text = f"{text}\n\n{table}\n\n" + "\n".join(lines) + "\n"
     logger.info(text)

@@ -17,9 +17,9 @@ from monai.transforms import GaussianSmooth, LoadImage, MapTransform, Randomizab
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor
 from scipy import ndimage
 from skimage.filters import threshold_otsu
-from skimage.morphology import disk
 from torch import Tensor
 
+from scripts.brains import brain_mask
 from scripts.transforms import ScaleIntensityByForeground, with_meta
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "ShiftBackground",
     "ShiftBackgroundd",
     "SmoothAcrossSlicesd",
-    "brain_mask",
     "cohort_otsu",
 ]
 
@@ -344,32 +343,6 @@ class RandStandInd(RandomizableTransform, MapTransform):
         return d
 
 
-def brain_mask(image: np.ndarray) -> np.ndarray:
-    """Rough mask of the brain in an axial MRI slice of the whole head, by thresholds and morphology.
-
-    The skull is dark in every sequence, so an opening parts the brain from scalp and fat. Good enough to train with: below
-    the brain, parts of the face stay.
-
-    Args:
-        image: slice (C, H, W), the head's median at 0.4 (:class:`ScaleIntensityByForeground`), pixels of about 2 mm.
-
-    Returns:
-        bool (H, W); empty where nothing is found.
-    """
-    head = ndimage.binary_opening(ndimage.binary_fill_holes((image > 0.1).any(axis=0)), disk(2))
-    depth = ndimage.distance_transform_edt(head)
-    fat = ndimage.binary_dilation(image.min(axis=0) > 0.7)
-    soft = (image.mean(axis=0) > 0.22) & (depth > 4) & ~fat
-    parts, number = ndimage.label(ndimage.binary_opening(soft, disk(4)))
-    if not number:
-        return np.zeros_like(head)
-    weight = np.bincount(parts.ravel(), weights=depth.ravel())  # large and deep inside: the brain
-    weight[0] = 0
-    brain = np.pad(parts == weight.argmax(), 8)  # or else the closing would end at the border
-    brain = ndimage.binary_fill_holes(ndimage.binary_closing(brain, disk(6))[8:-8, 8:-8])
-    return brain & (depth > (7 if brain.sum() > 0.75 * head.sum() else 4))  # nothing was parted: further in
-
-
 class RandSkullStripd(RandomizableTransform, MapTransform):
     """Leave only the brain of an axial MRI slice, as in data sets whose skulls were stripped.
 
@@ -377,7 +350,7 @@ class RandSkullStripd(RandomizableTransform, MapTransform):
     ``min_brain`` brain stay whole.
 
     Args:
-        keys: keys of the slices, see :func:`brain_mask`.
+        keys: keys of the slices, see :func:`scripts.brains.brain_mask`.
         prob: how often.
         min_brain: least share of brain pixels in a slice, in [0, 1].
         allow_missing_keys: don't raise an error if a key is missing.

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+from conftest import make_whole_head
+
+from scripts.brains import brain_mask, brain_masks
+
+
+def overlap(found, true):
+    return 2 * (found & true).sum() / (found.sum() + true.sum())
+
+
+def test_the_brain_of_a_head_is_found():
+    image, brain = make_whole_head()
+    assert overlap(brain_mask(image), brain) > 0.97
+
+
+def test_a_part_of_the_brain_is_found_by_the_brain_above_it_and_one_beside_it_is_not():
+    image, brain = make_whole_head()
+    bone = np.zeros_like(brain)
+    bone[:, 40:56] = brain[:, 40:56]
+    apart = np.where(bone, 0.05, image)
+    parts = brain & ~bone
+    assert overlap(brain_mask(apart), parts) < 0.9, "the larger part alone"
+    found = brain_masks(np.stack([apart, image], axis=-1))
+    assert overlap(found[..., 0], parts) > 0.95
+    assert (found[..., 1] == brain_mask(image)).all()
+    smaller = np.where(np.arange(128) < 56, 0.05, image)  # nothing on that side in the slice above
+    assert (brain_masks(np.stack([apart, smaller], axis=-1))[..., 0] == brain_mask(apart)).all()
+
+
+def test_where_nothing_is_there_is_no_brain():
+    assert not brain_masks(np.zeros((3, 64, 64, 2))).any()
