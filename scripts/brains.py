@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
-from skimage.morphology import disk
+from skimage.morphology import convex_hull_image, disk
 
 __all__ = ["brain_mask", "brain_masks"]
 
+FAT_DEPTH = 12  # pixels below the skin: deeper in, what is bright in every sequence is no fat, but may be a lesion
 LEAST_OVERLAP = 0.6  # share of a part that lies under the brain of the slice above, from which on it is brain
 
 
@@ -34,10 +35,12 @@ def brain_mask(image: np.ndarray) -> np.ndarray:
 
 
 def brain_masks(volume: np.ndarray) -> np.ndarray:
-    """Rough mask of the brain in a volume; :func:`brain_mask` of each slice, and what lies below a brain.
+    """Rough mask of the brain in a volume, without dents: made to hold lesions at its border rather than to be exact.
 
-    At the base of the skull, the poles of the temporal lobes are parts by themselves, each under the brain of the slice
-    above. Of 17 patients with a glioma (TCGA-LGG) the mask holds 97 % of the lesion at least, and 99.6 % on average.
+    It is :func:`brain_mask` of each slice, what lies below a brain (at the base of the skull, the poles of the temporal
+    lobes are parts by themselves, each under the brain of the slice above), and the convex hull of these, since a cavity or
+    a dark lesion at the surface is a dent. Of 29 patients with a glioma (TCGA-LGG) it holds 93 % of the lesion at least,
+    99.3 % on average, and 57 % of the head.
 
     Args:
         volume: (C, H, W, D), slices as of :func:`brain_mask`, from the feet to the head.
@@ -53,14 +56,18 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
         overlap = np.bincount(parts[masks[k + 1]], minlength=parts.max() + 1) / np.bincount(parts.ravel())
         below = (overlap >= LEAST_OVERLAP)[parts] & (parts > 0)
         masks[k] = _closed(masks[k] | below) & (depth > 4) if below.any() else masks[k]
-    return np.stack(masks, axis=-1)
+    hulls = [
+        convex_hull_image(mask) & (_parts(slice_)[1] > 4) if mask.any() else mask
+        for mask, slice_ in zip(masks, slices, strict=True)
+    ]
+    return np.stack(hulls, axis=-1)
 
 
 def _parts(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of a slice (C, H, W): the head, how deep each pixel lies in it, and the soft parts of it, numbered from 1."""
     head = ndimage.binary_opening(ndimage.binary_fill_holes((image > 0.1).any(axis=0)), disk(2))
     depth = ndimage.distance_transform_edt(head)
-    fat = ndimage.binary_dilation(image.min(axis=0) > 0.7)
+    fat = ndimage.binary_dilation(image.min(axis=0) > 0.7) & (depth <= FAT_DEPTH)
     soft = (image.mean(axis=0) > 0.22) & (depth > 4) & ~fat
     return head, depth, ndimage.label(ndimage.binary_opening(soft, disk(4)))[0]
 
