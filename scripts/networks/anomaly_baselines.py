@@ -19,10 +19,78 @@ from scripts.networks.ddim_anomaly import DDIMAnomalyNet
 from scripts.networks.healthy_model import HealthyModel, Mapper, blur, evenness, map_by_healing, reduced
 from scripts.networks.one_step import OneStepNet
 from scripts.networks.vq_autoencoder import SliceVQVAE
-from scripts.precision import autocast
+from scripts.precision import Amp, autocast
 from scripts.samplers import for_batch
 
-__all__ = ["BrightNet", "DenseVAENet", "EvennessNet", "SmoothNet", "TransformerAnomalyNet"]
+__all__ = ["BrightNet", "DenseVAE", "DenseVAENet", "EvennessNet", "SmoothNet", "TransformerAnomalyNet", "VAEOneStepNet"]
+
+
+class DenseVAE(VarAutoEncoder):
+    """Variational autoencoder of slices with a dense latent (Baur et al. 2021, arXiv 2004.03271).
+
+    Args:
+        in_channels: number of channels of a slice, C.
+        spatial_size: its height and width.
+        latent_size: number of latent variables of a slice.
+        channels: channels of the levels, each of which halves the resolution.
+        kl_weight: weight of the divergence from the prior against the absolute error, summed over the pixels; in other
+            words the scale, in grey levels of [0, 1], of the Laplace distribution of a pixel.
+        amp: bfloat16, see :func:`scripts.precision.autocast`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        spatial_size: Sequence[int],
+        latent_size: int = 128,
+        channels: Sequence[int] = (32, 64, 128, 128),
+        kl_weight: float = 1.0,
+        amp: Amp = False,
+    ) -> None:
+        super().__init__(
+            spatial_dims=2,
+            in_shape=(in_channels, *spatial_size),
+            out_channels=in_channels,
+            latent_size=latent_size,
+            channels=tuple(channels),
+            strides=(2,) * len(channels),
+            norm="batch",  # instance norm, the default, takes away the grey level
+            use_mean_at_inference=True,
+        )
+        self.kl_weight, self.amp = kl_weight, amp
+
+    def distribution(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance, (B, latent_size) each, of the latents of slices (B, C, H, W) in [0, 1]."""
+        with autocast(image, self.amp):
+            mean, log_variance = self.encode_forward(image)
+        return mean.float(), log_variance.float()
+
+    def decoded(self, latent: Tensor) -> Tensor:
+        """Latents (B, latent_size) to slices (B, C, H, W) in [0, 1]."""
+        with autocast(latent, self.amp):
+            return self.decode_forward(latent).float()
+
+    def restored(self, image: Tensor) -> Tensor:
+        """Slices (B, C, H, W) in [0, 1] from the means of their latents."""
+        return self.decoded(self.distribution(image)[0])
+
+    def losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The two terms of the variational bound (Kingma & Welling 2014, arXiv 1312.6114, eq. 3), for each pixel.
+
+        Args:
+            image: healthy slices (B, C, H, W) in [0, 1].
+            generator: source of the latents' noise.
+
+        Returns:
+            ``reconstruction``: mean absolute error; ``kl``: divergence of the latents from the prior N(0, 1) in nats,
+            times its weight, divided by the number of pixels and channels.
+        """
+        mean, log_variance = self.distribution(image)
+        noise = for_batch(torch.randn, mean.shape, generator, mean.device)
+        restored = self.decoded(mean + (log_variance / 2).exp() * noise)
+        prior = torch.zeros_like(mean)  # its mean and its log variance
+        divergence = gaussian_kl(mean, log_variance, prior, prior).sum() / image.numel()
+        return {"reconstruction": (restored - image).abs().mean(), "kl": self.kl_weight * divergence}
 
 
 class DenseVAENet(HealthyModel):
@@ -31,10 +99,9 @@ class DenseVAENet(HealthyModel):
     The anomaly map is the absolute error of the restored slice, the mean over the channels; there is no mask.
 
     Args:
-        latent_size: number of latent variables of a slice.
-        channels: channels of the levels, each of which halves the resolution.
-        kl_weight: weight of the divergence from the prior against the absolute error, summed over the pixels; in other
-            words the scale, in grey levels of [0, 1], of the Laplace distribution of a pixel.
+        latent_size: see :class:`DenseVAE`.
+        channels: see there.
+        kl_weight: see there.
         score: ``mean``, the mean error, or ``max``.
         kwargs: arguments of :class:`scripts.networks.healthy_model.HealthyModel`, of whose settings the texture offset
             counts.
@@ -49,53 +116,17 @@ class DenseVAENet(HealthyModel):
         **kwargs: object,
     ) -> None:
         super().__init__(score=score, **kwargs)
-        self.kl_weight = kl_weight
-        self.vae = VarAutoEncoder(
-            spatial_dims=2,
-            in_shape=(self.in_channels, *self.spatial_size),
-            out_channels=self.in_channels,
-            latent_size=latent_size,
-            channels=tuple(channels),
-            strides=(2,) * len(channels),
-            norm="batch",  # instance norm, the default, takes away the grey level
-            use_mean_at_inference=True,
-        )
-
-    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, (B, latent_size) each, of the latents of slices (B, C, H, W) in [0, 1]."""
-        with autocast(image, self.amp):
-            mean, log_variance = self.vae.encode_forward(image)
-        return mean.float(), log_variance.float()
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latents (B, latent_size) to slices (B, C, H, W) in [0, 1]."""
-        with autocast(latent, self.amp):
-            return self.vae.decode_forward(latent).float()
+        self.vae = DenseVAE(self.in_channels, self.spatial_size, latent_size, channels, kl_weight, self.amp)
 
     def examine(self, image: Tensor) -> tuple[Tensor, Tensor, Mapper]:
         """See :meth:`scripts.networks.healthy_model.HealthyModel.examine`; what is unlike is the map, of each pixel."""
-        restored = self.decode(self.encode(image)[0])
+        restored = self.vae.restored(image)
         error = (image - restored).abs().mean(dim=1, keepdim=True) * evenness(image, self.settings.texture_offset)
         return error, reduced(error, self.settings.score), lambda threshold: (error, restored)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The two terms of the variational bound (Kingma & Welling 2014, arXiv 1312.6114, eq. 3), for each pixel.
-
-        Args:
-            image: healthy slices (B, C, H, W) in [0, 1].
-            class_label: not used.
-            generator: source of the latents' noise.
-
-        Returns:
-            ``reconstruction``: mean absolute error; ``kl``: divergence of the latents from the prior N(0, 1) in nats,
-            times its weight, divided by the number of pixels and channels.
-        """
-        mean, log_variance = self.encode(image)
-        noise = for_batch(torch.randn, mean.shape, generator, mean.device)
-        restored = self.decode(mean + (log_variance / 2).exp() * noise)
-        prior = torch.zeros_like(mean)  # its mean and its log variance
-        divergence = gaussian_kl(mean, log_variance, prior, prior).sum() / image.numel()
-        return {"reconstruction": (restored - image).abs().mean(), "kl": self.kl_weight * divergence}
+        """See :meth:`DenseVAE.losses`; ``class_label`` is not used."""
+        return self.vae.losses(image, generator)
 
 
 class EvennessNet(HealthyModel):
@@ -254,3 +285,26 @@ class SmoothNet(OneStepNet):
     def heal(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothed slices (B, C, H, W), and that each place may be foreign (ones)."""
         return blur(image, self.sigma), torch.ones_like(image[:, :1])
+
+
+class VAEOneStepNet(OneStepNet):
+    """Take what a variational autoencoder restores of a slice for the healthy one, dressed as the one-step method is.
+
+    Args:
+        latent_size: see :class:`DenseVAE`.
+        kl_weight: see there.
+        kwargs: arguments of :class:`scripts.networks.one_step.OneStepNet`.
+    """
+
+    def __init__(self, latent_size: int = 128, kl_weight: float = 1.0, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        del self.unet
+        self.vae = DenseVAE(self.in_channels, self.spatial_size, latent_size, kl_weight=kl_weight, amp=self.amp)
+
+    def heal(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Restored slices (B, C, H, W), and that each place may be foreign (ones)."""
+        return self.vae.restored(image), torch.ones_like(image[:, :1])
+
+    def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """See :meth:`DenseVAE.losses`; ``class_label`` is not used."""
+        return self.vae.losses(image, generator)

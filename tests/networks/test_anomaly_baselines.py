@@ -6,7 +6,7 @@ from monai.inferers import SliceInferer, VQVAETransformerInferer
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from scripts.networks.anomaly_baselines import DenseVAENet, EvennessNet, TransformerAnomalyNet
+from scripts.networks.anomaly_baselines import DenseVAENet, EvennessNet, TransformerAnomalyNet, VAEOneStepNet
 from scripts.networks.healthy_model import blur, evenness
 
 SIZE = (32, 32)  # of the slices; the transformer's tokens are 8 x 8
@@ -202,10 +202,10 @@ def test_the_score_of_the_vae_is_the_mean_error_if_not_asked_for_the_largest():
 
 def test_the_losses_of_the_vae_are_the_bounds_two_terms():
     net, image = vae(kl_weight=0.5), images(4)
-    mean, log_variance = net.encode(image)
+    mean, log_variance = net.vae.distribution(image)
     noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     posterior = Normal(mean, (log_variance / 2).exp())
-    restored = net.decode(posterior.mean + posterior.stddev * noise)
+    restored = net.vae.decoded(posterior.mean + posterior.stddev * noise)
     divergence = kl_divergence(Independent(posterior, 1), Independent(Normal(torch.zeros(4, 6), 1.0), 1))
     values = losses(net)
     assert set(values) == {"reconstruction", "kl"}
@@ -388,3 +388,18 @@ def test_slices_need_not_be_square():
     image = torch.rand(1, 1, 32, 64, generator=torch.Generator().manual_seed(0))
     assert net.measure(image)[0].shape == (1, 1, 8, 16) and net(image).shape == (1, 3, 32, 64)
     assert DenseVAENet(**{**VAE, "spatial_size": (32, 64)}).eval()(image).shape == (1, 3, 32, 64)
+
+
+# --- VAEOneStepNet
+
+
+def test_what_a_vae_restores_stands_for_the_healthy_slice_and_it_learns_as_the_other_does():
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.15
+    net = perturbed(VAEOneStepNet(spatial_size=(32, 32), channels=(16, 32)), 0.05)
+    output = net(image)
+    torch.testing.assert_close(output[:, 1:-1], net.vae(image)[0])
+    torch.testing.assert_close(output[:, :1], (image - output[:, 1:-1]).abs().sum(dim=1, keepdim=True))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    losses = net.losses(image, torch.zeros(2), generators[0])
+    assert losses.keys() == {"reconstruction", "kl"} and not any(name.startswith("unet") for name in net.state_dict())
+    torch.testing.assert_close(losses["kl"], net.vae.losses(image, generators[1])["kl"])
