@@ -87,6 +87,21 @@ def test_training_sees_lesion_free_slices_alone_and_resumes_and_its_weights_run(
     assert len(rows_of(tmp_path / "out" / "results.csv")) == 2
 
 
+def test_the_autoencoder_beside_it_is_trained_and_runs_on_the_same_rails(tmp_path):
+    for section in ("training", "validation"):
+        save_patient(tmp_path / "patients", next(f"p{i}" for i in range(40) if section_of(f"p{i}") == section), num_slices=4)
+    size = ("--spatial_size", "[32,32]", "--pixdim", "[8.0,8.0,-1.0]", "--dataset_dir", tmp_path / "patients")
+    args = ("--ckpt_dir", tmp_path, "--output_dir", tmp_path / "log", "--epochs", 1, "--epoch_length", 2, "--batch_size", 2)
+    config = ["configs/train.json", "configs/train_vae.json"]
+    done = run_forked(ONE_STEP, str(config), *size, *args, "--val_interval", 1)
+    assert done.returncode == 0, done.stderr
+    config = ["configs/inference.json", "configs/vae.json"]
+    weights = ("--checkpointloader#load_path", tmp_path / "model.pt")
+    done = run_forked(ONE_STEP, str(config), *size, "--output_dir", tmp_path / "out", *weights)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "out" / "results.csv")) == 2
+
+
 @pytest.mark.skipif(not LGG.is_dir(), reason=f"no real scans at {LGG}")
 def test_real_volume_that_was_not_trained_on_gets_its_lesion(tmp_path):
     case = next(c for c in find_cases(LGG, ["t1", "flair", "t1ce"], section="validation") if "HT_7884" in c["case"])
