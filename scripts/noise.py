@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scripts.samplers import for_batch
 
-__all__ = ["NOISES", "coarse_noise", "gaussian_noise", "octave_noise", "standardised", "stream_of"]
+__all__ = ["NOISES", "as_drawn", "coarse_noise", "in_octaves", "standardised", "stream_of"]
 
 
 def standardised(field: Tensor) -> Tensor:
@@ -46,19 +46,7 @@ def coarse_noise(
     return standardised(field[..., top : top + height, left : left + width])
 
 
-def gaussian_noise(shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """White noise (B, C, H, W), each pixel N(0, 1) by itself, see :func:`scripts.samplers.for_batch`."""
-    return for_batch(torch.randn, shape, generator, device)
-
-
-def octave_noise(
-    shape: Sequence[int],
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    wavelength: float = 64.0,
-    octaves: int = 6,
-    persistence: float = 0.8,
-) -> Tensor:
+def in_octaves(white: Tensor, wavelength: float = 64.0, octaves: int = 6, persistence: float = 0.8) -> Tensor:
     """Gaussian noise with the spectrum of summed octaves, as AnoDDPM's simplex noise has (Wyatt et al., CVPRW 2022).
 
     Octave k lies between the frequencies 2^(k-1) / wavelength and 2^k / wavelength and has persistence^(2k) of the first
@@ -66,9 +54,7 @@ def octave_noise(
     that wanders, so that its levels are not those of Gaussian noise; here they are.
 
     Args:
-        shape: (B, C, H, W).
-        generator: source of the noise, see :func:`scripts.samplers.for_batch`.
-        device: where it is wanted.
+        white: white noise (B, C, H, W).
         wavelength: of the first octave, in pixels.
         octaves: how many; those beyond half a cycle a pixel are not there.
         persistence: amplitude of an octave against that of the one before.
@@ -79,8 +65,8 @@ def octave_noise(
     Raises:
         ValueError: if no frequency of such an image lies in any octave.
     """
-    height, width = shape[-2:]
-    down, across = torch.fft.fftfreq(height, device=device)[:, None], torch.fft.rfftfreq(width, device=device)
+    height, width = white.shape[-2:]
+    down, across = torch.fft.fftfreq(height, device=white.device)[:, None], torch.fft.rfftfreq(width, device=white.device)
     octave = (wavelength * (down**2 + across**2).sqrt()).log2().ceil()  # -inf at the mean
     gain = torch.zeros_like(octave)
     for number in range(octaves):
@@ -90,11 +76,15 @@ def octave_noise(
         gain[ring] = persistence**number / pixels.sqrt()
     if not gain.any():
         raise ValueError(f"an image of {height} x {width} pixels has no frequency in {octaves} octaves from {wavelength:g}")
-    spectrum = torch.fft.rfft2(gaussian_noise(shape, generator, device))
-    return standardised(torch.fft.irfft2(gain * spectrum, s=(height, width)))
+    return standardised(torch.fft.irfft2(gain * torch.fft.rfft2(white), s=(height, width)))
 
 
-NOISES = {"gaussian": gaussian_noise, "octaves": octave_noise}
+def as_drawn(white: Tensor) -> Tensor:
+    """White noise (B, C, H, W), each pixel N(0, 1) by itself, as it is."""
+    return white
+
+
+NOISES = {"gaussian": as_drawn, "octaves": in_octaves}
 
 
 def stream_of(noise: Tensor, name: object) -> torch.Generator:

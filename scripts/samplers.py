@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -156,7 +155,7 @@ def draw_noised(
     alphas_cumprod: Tensor,
     generator: torch.Generator,
     level_power: float = 1.0,
-    draw_noise: Callable[[Sequence[int], torch.Generator, torch.device], Tensor] | None = None,
+    colour: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise each image of a batch to a level of its own, for training.
 
@@ -165,7 +164,7 @@ def draw_noised(
         alphas_cumprod: table with one entry a level, entry 0 being 1.
         generator: source of the levels and of the noise, see :func:`for_batch`.
         level_power: levels are T·u^level_power, u uniform, rounded up; above 1 the lower ones come more often.
-        draw_noise: one of :data:`scripts.noise.NOISES`; None for white noise.
+        colour: what makes the noise of white noise, one of :data:`scripts.noise.NOISES`; None leaves it white.
 
     Returns:
         noised images (B, ...), their levels (B,) from 1 to T, and the noise (B, ...).
@@ -173,7 +172,8 @@ def draw_noised(
     num_levels = len(alphas_cumprod) - 1
     u = for_batch(torch.rand, (len(x0),), generator, x0.device)
     t = 1 + (num_levels * u**level_power).long().clamp(max=num_levels - 1)
-    noise = (draw_noise or partial(for_batch, torch.randn))(x0.shape, generator, x0.device)
+    noise = for_batch(torch.randn, x0.shape, generator, x0.device)
+    noise = colour(noise) if colour else noise
     a = alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
     return noise_image(x0, noise, a), t, noise
 

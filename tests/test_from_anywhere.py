@@ -22,7 +22,7 @@ from PIL import Image
 from scripts.data.sections import section_of
 from scripts.release.package import package
 
-BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION = NAMES = (
+BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = NAMES = (
     "brain_mri_anomaly_ddim",
     "brain_mri_anomaly_one_step",
     "head_ct_anomaly_ldm",
@@ -30,6 +30,7 @@ BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION = NAMES = (
     "chest_xray_generative_vdm",
     "brain_mri_segmentation_ensemble",
     "cardiac_mri_registration_diffusemorph",
+    "brain_mri_anomaly_simplex",
 )
 QUICK = {
     BRAIN: {"num_steps": 1, "guidance_steps": 1},
@@ -39,6 +40,7 @@ QUICK = {
     CHEST: {"number": 1, "num_steps": 1},
     SEGMENTATION: {"num_steps": 1},
     REGISTRATION: {"refinement_steps": 0, "coarse_steps": 0},
+    SIMPLEX: {"num_steps": 1, "num_repeats": 1},
 }
 TRAINING = {"epochs": 1, "epoch_length": 1, "batch_size": 2, "val_interval": 2}
 QUICK_TRAINING = {
@@ -49,6 +51,7 @@ QUICK_TRAINING = {
     CHEST: {"spatial_size": [16, 16], "network_def#channels": [32, 32], "network_def#num_steps": 2},
     SEGMENTATION: {"spatial_size": [32, 32], "network_def#channels": [16, 32]},
     REGISTRATION: {"spatial_size": [32, 32, 8]},
+    SIMPLEX: {"spatial_size": [32, 32]},
 }
 
 
@@ -83,7 +86,7 @@ def scans(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scans")
     names = [next(n for n in map(str, range(99)) if section_of(n) == s) for s in ("training", "validation")]
     for seed, name in enumerate(names):
-        for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
+        for bundle in (BRAIN, ONE_STEP, SEGMENTATION, SIMPLEX):
             save_patient(folder / bundle, name, seed, num_slices=2)
         for bundle in (CINE, REGISTRATION):
             save_nifti(folder / bundle / f"{name}.nii.gz", make_cine(3, seed)[0], np.diag([1.5, 1.5, 3.15, 1.0]))
@@ -91,7 +94,7 @@ def scans(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         for i in range(36):
             Image.fromarray(make_ct_slice(i)).save(folder / name / f"{i:02}.png")
-    for bundle in (BRAIN, ONE_STEP, SEGMENTATION):
+    for bundle in (BRAIN, ONE_STEP, SEGMENTATION, SIMPLEX):
         save_nifti(folder / f"one_{bundle}" / "a.nii.gz", make_head(1)[0])
     save_nifti(folder / f"one_{HEAD_CT}" / "a.nii.gz", make_ct_slice()[..., None])
     for bundle in (CINE, REGISTRATION):

@@ -17,6 +17,7 @@ from conftest import (
     HEAD_CT,
     ONE_STEP,
     SEGMENTATION,
+    SIMPLEX,
     finished,
     make_cine,
     make_ct_slice,
@@ -36,6 +37,7 @@ BRAIN_SIZES = ("--spatial_size", "[32,32]", "--pixdim", "[4.0,4.0,-1.0]")
 SMALL = {
     ("brain",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]", "--network_def#classifier_channels", "[16,32,32]"),
     ("one_step",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
+    ("simplex",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
     ("segmentation",): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
     ("segmentation", "direct"): (*BRAIN_SIZES, "--network_def#channels", "[16,32]"),
     ("head_ct", "autoencoder"): (),
@@ -82,6 +84,7 @@ def pictures(tmp_path_factory) -> Path:
     [
         ("brain", BRAIN, ()),
         ("one_step", ONE_STEP, ()),
+        ("simplex", SIMPLEX, ()),
         ("segmentation", SEGMENTATION, ()),
         ("segmentation", SEGMENTATION, ("direct",)),
         ("head_ct", HEAD_CT, ("autoencoder",)),

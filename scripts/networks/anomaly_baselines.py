@@ -18,11 +18,21 @@ from scripts.losses import gaussian_kl
 from scripts.networks.ddim_anomaly import DDIMAnomalyNet
 from scripts.networks.healthy_model import HealthyModel, Mapper, blur, evenness, map_by_healing, reduced
 from scripts.networks.one_step import OneStepNet
+from scripts.networks.simplex import SimplexNet
 from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import Amp, autocast
 from scripts.samplers import for_batch
 
-__all__ = ["BrightNet", "DenseVAE", "DenseVAENet", "EvennessNet", "SmoothNet", "TransformerAnomalyNet", "VAEOneStepNet"]
+__all__ = [
+    "BrightNet",
+    "DenseVAE",
+    "DenseVAENet",
+    "EvennessNet",
+    "FlatNet",
+    "SmoothNet",
+    "TransformerAnomalyNet",
+    "VAEOneStepNet",
+]
 
 
 class DenseVAE(VarAutoEncoder):
@@ -285,6 +295,23 @@ class SmoothNet(OneStepNet):
     def heal(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothed slices (B, C, H, W), and that each place may be foreign (ones)."""
         return blur(image, self.sigma), torch.ones_like(image[:, :1])
+
+
+class FlatNet(SimplexNet):
+    """Take one grey level for the healthy slice: what a network finds beyond this control, it has learned.
+
+    Args:
+        level: the grey level; 0.4 is the head's median, see :class:`scripts.transforms.ScaleIntensityByForeground`.
+        kwargs: arguments of :class:`scripts.networks.simplex.SimplexNet`, whose map it has.
+    """
+
+    def __init__(self, level: float = 0.4, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.level = level
+
+    def heal(self, image: Tensor) -> Tensor:
+        """That grey level everywhere, (B, C, H, W)."""
+        return torch.full_like(image, self.level)
 
 
 class VAEOneStepNet(OneStepNet):

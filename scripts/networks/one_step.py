@@ -9,7 +9,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import Tensor, nn
 
 from scripts.corruptions import foreign_content, inside_of_head, random_blobs
-from scripts.networks.slice_network import SliceNetwork, weighted_difference
+from scripts.networks.slice_network import SliceNetwork, abnormality_of, weighted_difference
 from scripts.noise import coarse_noise
 from scripts.precision import Amp, autocast
 from scripts.samplers import for_batch, mean_of_processes
@@ -138,8 +138,7 @@ class OneStepNet(SliceNetwork):
         healthy, foreign = self.heal(image)
         difference = image.lerp(healthy, foreign) if self.gate else healthy
         anomaly = weighted_difference(image, difference, self.map_weights, self.darker_weight, self.smoothing)
-        score = anomaly.flatten(1).amax(dim=1)
-        return anomaly, healthy, score.clamp(min=1e-6) / (score + self.half_score)  # 0 is for slices that are skipped
+        return anomaly, healthy, abnormality_of(anomaly, self.half_score)
 
     def corrupt(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Corrupted slices x_1, (B, C, H, W), and where they are, (B, 1, H, W) in [0, 1]; arguments as :meth:`losses`."""

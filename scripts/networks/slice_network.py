@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scripts.precision import Amp, check_amp
 from scripts.transforms import has_foreground
 
-__all__ = ["SliceNetwork", "weighted_difference"]
+__all__ = ["SliceNetwork", "abnormality_of", "weighted_difference"]
 
 
 class SliceNetwork(nn.Module):
@@ -120,3 +120,9 @@ def weighted_difference(
     difference = difference.clamp(min=0) + darker_weight * (-difference).clamp(min=0)
     anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(weights)).unsqueeze(1)
     return GaussianFilter(spatial_dims=2, sigma=smoothing).to(image.device)(anomaly) if smoothing > 0 else anomaly
+
+
+def abnormality_of(anomaly: Tensor, half_score: float) -> Tensor:
+    """Abnormality (B,) in (0, 1) of slices, from the largest value of their anomaly maps (B, 1, H, W); 0.5 at half_score."""
+    score = anomaly.flatten(1).amax(dim=1)
+    return score.clamp(min=1e-6) / (score + half_score)  # 0 is for slices that are skipped

@@ -19,10 +19,11 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from scripts.brains import brain_mask
+from scripts.brains import brain_mask, brain_masks
 from scripts.transforms import ScaleIntensityByForeground, with_meta
 
 __all__ = [
+    "KeepBraind",
     "RandSkullStripd",
     "RandSprited",
     "RandStandInd",
@@ -218,6 +219,31 @@ class SmoothAcrossSlicesd(MapTransform):
         distance = float(affine_to_spacing(d[self.ref_key].affine, 3)[2])
         for key in self.key_iterator(d):
             d[key] = GaussianSmooth([0.0, 0.0, self.sigma / distance])(d[key])
+        return d
+
+
+class KeepBraind(MapTransform):
+    """Set volumes to 0 outside of the brain, see :func:`scripts.brains.brain_masks`.
+
+    Args:
+        keys: keys of the volumes (C, H, W, D).
+        keep: whether to do it.
+        ref_key: key of the scan, on the network's grid.
+        allow_missing_keys: don't raise an error if a key is missing.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, keep: bool = True, ref_key: str = "image", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.keep, self.ref_key = keep, ref_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if self.keep:
+            brain = torch.from_numpy(brain_masks(convert_to_numpy(d[self.ref_key])))
+            for key in self.key_iterator(d):
+                d[key] = d[key] * brain.to(d[key].device)
         return d
 
 

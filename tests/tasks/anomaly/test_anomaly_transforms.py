@@ -8,8 +8,9 @@ from made_inputs import AFFINE, anomaly_map, noise, save
 from monai.data import MetaTensor
 from skimage.filters import threshold_otsu
 
-from scripts.brains import brain_mask
+from scripts.brains import brain_mask, brain_masks
 from scripts.tasks.anomaly.transforms import (
+    KeepBraind,
     RandSkullStripd,
     RandSprited,
     RandStandInd,
@@ -192,6 +193,15 @@ def test_nothing_but_the_brain_stays():
     assert not stripped[:, ~found].any() and stripped.shape == image.shape
     assert stripped[:, 45, 64].tolist() == pytest.approx([0.4] * 3), "the brain's median is where a stripped scan's is"
     assert torch.equal(RandSkullStripd("image", prob=0.0)({"image": image})["image"], image)
+
+
+def test_a_map_is_kept_in_the_brain_alone_or_as_it_is():
+    image, brain = make_whole_head()
+    data = {"map": MetaTensor(torch.ones(1, 128, 128, 2)), "image": torch.from_numpy(np.stack([image, image], axis=-1))}
+    kept = KeepBraind("map")(data)["map"]
+    assert isinstance(kept, MetaTensor) and kept.mean().item() == pytest.approx(brain.mean(), rel=0.05)
+    assert not kept[:, ~brain_masks(data["image"].numpy())].any()
+    assert torch.equal(KeepBraind("map", keep=False)(data)["map"], data["map"])
 
 
 @pytest.mark.parametrize("grey", [0.0, 0.6])
