@@ -25,11 +25,12 @@ from scipy import ndimage
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-BRAIN, ONE_STEP, HEAD_CT, CARDIAC, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = BUNDLES = [
+BRAIN, ONE_STEP, COUNTERFACTUAL, HEAD_CT, CARDIAC, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = BUNDLES = [
     ROOT / "bundles" / name
     for name in (
         "brain_mri_anomaly_ddim",
         "brain_mri_anomaly_one_step",
+        "brain_mri_anomaly_counterfactual",
         "head_ct_anomaly_ldm",
         "cardiac_mri_deformable_diffusion",
         "chest_xray_generative_vdm",

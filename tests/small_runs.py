@@ -14,6 +14,7 @@ from conftest import (
     BRAIN,
     CARDIAC,
     CHEST,
+    COUNTERFACTUAL,
     HEAD_CT,
     ONE_STEP,
     REGISTRATION,
@@ -43,6 +44,7 @@ INFERENCES = {
     "brain in one step": (ONE_STEP, ("evaluate",), {"section": "all"}),
     "brain through octaves": (SIMPLEX, ("evaluate",), {"num_steps": 2, "num_repeats": 2, "section": "all"}),
     "brain through octaves by stochastic steps": (SIMPLEX, (), {"num_steps": 2, "solver": "ancestral"}),
+    "brain, counterfactual": (COUNTERFACTUAL, ("evaluate",), {"num_steps": 1, "section": "all"}),
     "head CT": (HEAD_CT, (), {**FEW_LEVELS, "healings": 2}),
     "head CT by stochastic steps": (HEAD_CT, (), {**FEW_LEVELS, "variant": "c", "start_level": 5, "healings": 1}),
     "chest X-ray": (CHEST, (), {"number": 3, "num_steps": 3, "batch_size": 2}),
@@ -72,6 +74,7 @@ TRAININGS = {
         {"spatial_size": [32, 32], "network_def#channels": [16, 32], "corruption": "noise"},
     ),
     "brain through octaves": (SIMPLEX, (), {"spatial_size": [32, 32], "network_def#channels": [16, 32]}),
+    "brain, counterfactual": (COUNTERFACTUAL, (), {"spatial_size": [32, 32], "network_def#channels": [16, 32]}),
     "segmentation": (SEGMENTATION, (), {"spatial_size": [32, 32], "network_def#channels": [16, 32]}),
     "segmentation, direct": (
         SEGMENTATION,
@@ -139,12 +142,12 @@ def make_data(folder: Path) -> None:
     patients = [f"p{i}" for i in range(40)]
     chosen = [next(p for p in patients if section_of(p) == section) for section in ("training", "validation")]
     scan, mask = make_head(num_slices=2)
-    for bundle in (BRAIN, ONE_STEP, SEGMENTATION, SIMPLEX):
+    for bundle in (BRAIN, ONE_STEP, COUNTERFACTUAL, SEGMENTATION, SIMPLEX):
         save_nifti(folder / bundle.name / "scan.nii.gz", scan)
         save_nifti(folder / bundle.name / "scan_seg.nii.gz", mask)
     cine, labels = make_cine(4)
     for number, name in enumerate(chosen):
-        for bundle in (BRAIN, ONE_STEP, SEGMENTATION, SIMPLEX):
+        for bundle in (BRAIN, ONE_STEP, COUNTERFACTUAL, SEGMENTATION, SIMPLEX):
             save_patient(folder / f"{bundle.name}_training", name, seed=number, num_slices=4)
         for bundle in (CARDIAC, REGISTRATION):
             save_nifti(folder / f"{bundle.name}_training" / f"{name}.nii.gz", make_cine(4, number)[0], VOXELS)

@@ -22,9 +22,10 @@ from PIL import Image
 from scripts.data.sections import section_of
 from scripts.release.package import package
 
-BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = NAMES = (
+BRAIN, ONE_STEP, COUNTERFACTUAL, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = NAMES = (
     "brain_mri_anomaly_ddim",
     "brain_mri_anomaly_one_step",
+    "brain_mri_anomaly_counterfactual",
     "head_ct_anomaly_ldm",
     "cardiac_mri_deformable_diffusion",
     "chest_xray_generative_vdm",
@@ -35,6 +36,7 @@ BRAIN, ONE_STEP, HEAD_CT, CINE, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = NAM
 QUICK = {
     BRAIN: {"num_steps": 1, "guidance_steps": 1},
     ONE_STEP: {},
+    COUNTERFACTUAL: {"num_steps": 1},
     HEAD_CT: {"num_steps": 1, "band_levels": 1, "calibrated_for#band_levels": 1, "healings": 1},
     CINE: {"num_frames": 2, "refinement_steps": 0, "coarse_steps": 0},
     CHEST: {"number": 1, "num_steps": 1},
@@ -46,6 +48,7 @@ TRAINING = {"epochs": 1, "epoch_length": 1, "batch_size": 2, "val_interval": 2}
 QUICK_TRAINING = {
     BRAIN: {"spatial_size": [32, 32]},
     ONE_STEP: {"spatial_size": [32, 32]},
+    COUNTERFACTUAL: {"spatial_size": [32, 32]},
     HEAD_CT: {"calibrate": False},
     CINE: {"spatial_size": [32, 32, 8]},
     CHEST: {"spatial_size": [16, 16], "network_def#channels": [32, 32], "network_def#num_steps": 2},
@@ -86,7 +89,7 @@ def scans(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scans")
     names = [next(n for n in map(str, range(99)) if section_of(n) == s) for s in ("training", "validation")]
     for seed, name in enumerate(names):
-        for bundle in (BRAIN, ONE_STEP, SEGMENTATION, SIMPLEX):
+        for bundle in (BRAIN, ONE_STEP, COUNTERFACTUAL, SEGMENTATION, SIMPLEX):
             save_patient(folder / bundle, name, seed, num_slices=2)
         for bundle in (CINE, REGISTRATION):
             save_nifti(folder / bundle / f"{name}.nii.gz", make_cine(3, seed)[0], np.diag([1.5, 1.5, 3.15, 1.0]))
@@ -94,7 +97,7 @@ def scans(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         for i in range(36):
             Image.fromarray(make_ct_slice(i)).save(folder / name / f"{i:02}.png")
-    for bundle in (BRAIN, ONE_STEP, SEGMENTATION, SIMPLEX):
+    for bundle in (BRAIN, ONE_STEP, COUNTERFACTUAL, SEGMENTATION, SIMPLEX):
         save_nifti(folder / f"one_{bundle}" / "a.nii.gz", make_head(1)[0])
     save_nifti(folder / f"one_{HEAD_CT}" / "a.nii.gz", make_ct_slice()[..., None])
     for bundle in (CINE, REGISTRATION):

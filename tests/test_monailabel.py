@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ONE_STEP, SIMPLEX = "brain_mri_anomaly_one_step", "brain_mri_anomaly_simplex"
+COUNTERFACTUAL = "brain_mri_anomaly_counterfactual"
 MRI, CT, CINE = "brain_mri_anomaly_ddim", "head_ct_anomaly_ldm", "cardiac_mri_deformable_diffusion"
 ENSEMBLE, REGISTRATION = "brain_mri_segmentation_ensemble", "cardiac_mri_registration_diffusemorph"
 # what is asked for: few steps, to be quick, and every voxel in the mask that has anything in the map
@@ -41,6 +42,7 @@ QUICK = {
     MRI: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.02, "min_volume": 0.0},
     ONE_STEP: {"threshold": 0.02, "min_volume": 0.0},
     SIMPLEX: {"num_steps": 2, "num_repeats": 1, "threshold": 0.02, "min_volume": 0.0},
+    COUNTERFACTUAL: {"num_steps": 2, "threshold": 0.02, "min_volume": 0.0},
     CT: {"num_steps": 2, "percentile": 50.0, "threshold": 0.02},
     CINE: {"num_frames": 2, "min_motion": 0.1},
     ENSEMBLE: {"num_samples": 2, "num_steps": 2, "threshold": 0.02},
@@ -51,6 +53,7 @@ CHANGES = {
     MRI: ({"gradient_scale": 60.0}, {"threshold": 0.5}),
     ONE_STEP: ({"num_steps": 3}, {"threshold": 0.5}),
     SIMPLEX: ({"num_steps": 3}, {"threshold": 0.5}),
+    COUNTERFACTUAL: ({"guidance_scale": 9.0}, {"threshold": 0.5}),
     CT: ({"start_level": 200}, {"threshold": 0.9}),
     CINE: ({"min_motion": 0.5},),
     ENSEMBLE: ({"num_steps": 1}, {"threshold": 0.6}),
