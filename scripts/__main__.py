@@ -200,10 +200,9 @@ def compare(
     """
     more = json.loads(Path(also).read_text(encoding="utf-8")) if also else {}
     bundles = _bundles(*names)
-    evaluations = {
-        b: configuration(b, "inference", "evaluate") for b in bundles if (b / "configs" / "evaluate.json").is_file()
-    }
-    within = [bundle for bundle, evaluation in evaluations.items() if names and evaluation.get("methods")]
+    named = [bundle for bundle in bundles if names and (bundle / "configs" / "evaluate.json").is_file()]
+    evaluations = {bundle: configuration(bundle, "inference", "evaluate") for bundle in named}
+    within = [bundle for bundle, evaluation in evaluations.items() if evaluation.get("methods")]
     if within and len(bundles) > 1:
         sys.exit(f"{within[0].name} has methods of its own: name it alone")
     if within:

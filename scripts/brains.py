@@ -25,13 +25,7 @@ def brain_mask(image: np.ndarray) -> np.ndarray:
     Returns:
         bool (H, W); empty where nothing is found.
     """
-    head, depth, parts = _parts(image)
-    if not parts.max():
-        return np.zeros_like(head)
-    weight = np.bincount(parts.ravel(), weights=depth.ravel())  # large and deep inside: the brain
-    weight[0] = 0
-    brain = _closed(parts == weight.argmax())
-    return brain & (depth > (7 if brain.sum() > 0.75 * head.sum() else 4))  # nothing was parted: further in
+    return _largest_part(*_parts(image))
 
 
 def brain_masks(volume: np.ndarray) -> np.ndarray:
@@ -48,17 +42,17 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
     Returns:
         bool (H, W, D).
     """
-    slices = np.moveaxis(volume, -1, 0)
-    masks = [brain_mask(slice_) for slice_ in slices]
+    found = [_parts(slice_) for slice_ in np.moveaxis(volume, -1, 0)]
+    masks = [_largest_part(*of_slice) for of_slice in found]
     largest = int(np.argmax([mask.sum() for mask in masks]))
     for k in range(largest - 1, -1, -1):
-        _, depth, parts = _parts(slices[k])
+        _, depth, parts = found[k]
         overlap = np.bincount(parts[masks[k + 1]], minlength=parts.max() + 1) / np.bincount(parts.ravel())
         below = (overlap >= LEAST_OVERLAP)[parts] & (parts > 0)
         masks[k] = _closed(masks[k] | below) & (depth > 4) if below.any() else masks[k]
     hulls = [
-        convex_hull_image(mask) & (_parts(slice_)[1] > 4) if mask.any() else mask
-        for mask, slice_ in zip(masks, slices, strict=True)
+        convex_hull_image(mask) & (depth > 4) if mask.any() else mask
+        for mask, (_, depth, _) in zip(masks, found, strict=True)
     ]
     return np.stack(hulls, axis=-1)
 
@@ -70,6 +64,16 @@ def _parts(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     fat = ndimage.binary_dilation(image.min(axis=0) > 0.7) & (depth <= FAT_DEPTH)
     soft = (image.mean(axis=0) > 0.22) & (depth > 4) & ~fat
     return head, depth, ndimage.label(ndimage.binary_opening(soft, disk(4)))[0]
+
+
+def _largest_part(head: np.ndarray, depth: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The brain among the parts of a slice, see :func:`_parts`."""
+    if not parts.max():
+        return np.zeros_like(head)
+    weight = np.bincount(parts.ravel(), weights=depth.ravel())  # large and deep inside: the brain
+    weight[0] = 0
+    brain = _closed(parts == weight.argmax())
+    return brain & (depth > (7 if brain.sum() > 0.75 * head.sum() else 4))  # nothing was parted: further in
 
 
 def _closed(mask: np.ndarray) -> np.ndarray:
