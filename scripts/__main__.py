@@ -208,6 +208,8 @@ def compare(
     if within:
         _compare_evaluations(within[0], evaluations[within[0]], more, dataset_dir, Path(output_dir), section, settings)
         return
+    if unknown := [name for name in settings if name not in ("most_false_ml", "cap_ml")]:
+        sys.exit(f"--{unknown[0]}: no such setting of a comparison of anomalies, which has --most_false_ml and --cap_ml")
     methods = methods_of(bundles)
     for name, about in more.items():
         methods[name] = Method(_bundle(about["bundle"]), tuple(about.get("configs", ())), about.get("settings", {}))

@@ -83,6 +83,12 @@ def test_compare_evaluates_every_method_of_the_bundle_on_the_same_section(tmp_pa
         main.compare("cardiac_mri_deformable_diffusion", NAME, **options)
 
 
+def test_a_comparison_of_anomalies_refuses_a_setting_that_it_does_not_have(tmp_path):
+    with pytest.raises(SystemExit, match="--most_ml: no such setting"):
+        main.compare(NAME, dataset_dir=tmp_path, output_dir=tmp_path / "out", most_ml=3)
+    assert not (tmp_path / "out").exists()
+
+
 def test_benchmark_and_tune_print_their_tables(tmp_path):
     save_patient(tmp_path / "scans", "p1", num_slices=4)
     options = ("--dataset_dir", tmp_path / "scans", "--num_slices", 2, "--section", "all")
