@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from types import TracebackType
 
-__all__ = ["is_bundle_command", "tell_errors_in_one_line"]
+__all__ = ["check_known", "is_bundle_command", "tell_errors_in_one_line"]
 
 # layers that MONAI wraps around an error
 WRAPPERS = ("Failed to instantiate component", "Failed to evaluate ", "applying transform")
@@ -39,3 +40,9 @@ def _line(error: BaseException) -> str:
     if len(words) > LONGEST:
         words = f"{words[:LONGEST]} …"
     return words if words and isinstance(error, EXPECTED) else f"{type(error).__name__}: {words} (--debug shows where)"
+
+
+def check_known(name: str, value: str, known: Collection[str]) -> None:
+    """Raise a ``ValueError`` that names a setting and all that it may be, if its value is none of these."""
+    if value not in known:
+        raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")

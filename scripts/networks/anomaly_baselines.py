@@ -262,22 +262,14 @@ class TransformerAnomalyNet(HealthyModel):
 class BrightNet(DDIMAnomalyNet):
     """Call bright what is anomalous, in slices that the classifier takes for diseased: no healing.
 
-    The map is one sequence, smoothed, times the slice's probability of disease (``gate``); nothing is healthy or changed.
-
-    Args:
-        bright: number of the sequence.
-        kwargs: arguments of :class:`scripts.networks.ddim_anomaly.DDIMAnomalyNet`.
+    The map is that of ``brightness_weights`` alone, times the slice's probability of disease (``gate``); nothing is healthy
+    or changed.
     """
-
-    def __init__(self, bright: int = 1, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        self.bright = bright
 
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, 1, H, W), the slices themselves, and the probability of disease (B,)."""
         probability = self.probability(image)
-        gate = probability.view(-1, 1, 1, 1) if self.gate else 1
-        return blur(image[:, self.bright : self.bright + 1], self.smoothing) * gate, image, probability
+        return self.brightness(image) * (probability.view(-1, 1, 1, 1) if self.gate else 1), image, probability
 
 
 class SmoothNet(OneStepNet):

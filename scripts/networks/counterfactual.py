@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from scripts.corruptions import foreign_content, inside_of_head, random_blobs
+from scripts.messages import check_known
 from scripts.networks.ddim_anomaly import HEALTHY
 from scripts.networks.denoising import DenoisingSliceNetwork
-from scripts.precision import Amp
+from scripts.networks.slice_network import abnormality_of
 from scripts.samplers import SOLVERS, draw_noised, for_batch
 
 __all__ = ["NONE", "CounterfactualNet"]
@@ -27,33 +27,18 @@ class CounterfactualNet(DenoisingSliceNetwork):
     difference of two of its estimates (Ho & Salimans 2022, arXiv 2207.12598), without classifier and gradient.
 
     Args:
-        in_channels: number of sequences, C.
-        spatial_size: height and width of a slice; multiples of ``fold`` x 2^(number of levels - 1).
-        fold: edge of the pixel block that is folded into channels.
-        channels: channels of the U-Net's levels, multiples of 16; the lowest has attention and is a multiple of 32.
-        schedule: noise schedule, see :func:`scripts.samplers.alphas_cumprod_table`.
-        prediction_type: what the U-Net is trained to return, ``epsilon`` or ``v_prediction``.
-        num_levels: number of noising steps T.
-        level_power: training levels are drawn as T·u^level_power, u uniform; 1 as in the paper.
         label_dropout: share of the training slices whose class is withheld.
         made_share: share of the healthy training slices that get made anomalies (:mod:`scripts.corruptions`); as healthy
             ones they are to come back without these, without a class with them. 0 as in the paper, where the U-Net never has
             to take for healthy what is not, which is what the decoding asks of it.
-        noise_level: level L up to which a slice is encoded; 750 in the paper.
         guidance_scale: guidance w; 3 in the paper. 0 decodes without a class, which returns the input up to the solver's
             error, 1 decodes as the U-Net knows healthy slices, and more exaggerates that.
         dynamic_normalisation: while decoding, divide each estimate of the clean slice by the 99 % quantile of its absolute
             grey levels, if that is above 1, and clip it, for each sequence; True, as in the paper.
-        num_steps: number of steps of the encoding and of the decoding.
         solver: ``ddim`` (first order, as in the paper), ``heun``, ``multistep`` or ``dpmpp_2m``.
-        map_weights: weight of each sequence in the anomaly map; None for 1 each (the paper has their mean).
-        darker_weight: weight of what is darker than its healthy version, against what is brighter; 1 as in the paper.
-        smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none, as in the paper.
         half_score: a slice's largest value of the map that makes its abnormality 0.5, to be taken from lesion-free slices.
-        min_foreground: slices with a smaller share of foreground are skipped and return zero.
-        foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
-        seed: not used by the inference, which draws nothing.
-        amp: bfloat16 in the network, see :func:`scripts.precision.autocast`.
+        kwargs: arguments of :class:`scripts.networks.denoising.DenoisingSliceNetwork`: ``noise_level`` is the level L up to
+            which a slice is encoded, 750 in the paper; ``seed`` is not used by the inference, which draws nothing.
 
     Raises:
         ValueError: for an unknown solver or prediction type, a level beyond ``num_levels``, weights that are not one for
@@ -62,52 +47,17 @@ class CounterfactualNet(DenoisingSliceNetwork):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        spatial_size: Sequence[int] = (128, 128),
-        fold: int = 2,
-        channels: Sequence[int] = (64, 96, 128),
-        schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        num_levels: int = 1000,
         level_power: float = 1.0,
         label_dropout: float = 0.35,
         made_share: float = 0.5,
-        noise_level: int = 500,
         guidance_scale: float = 3.0,
         dynamic_normalisation: bool = True,
-        num_steps: int = 10,
         solver: str = "multistep",
-        map_weights: Sequence[float] | None = None,
-        darker_weight: float = 1.0,
-        smoothing: float = 0.0,
         half_score: float = 0.1,
-        min_foreground: float = 0.05,
-        foreground_level: float = 0.1,
-        seed: int = 0,
-        amp: Amp = False,
+        **kwargs: object,
     ) -> None:
-        super().__init__(
-            in_channels,
-            spatial_size,
-            fold,
-            channels,
-            schedule,
-            prediction_type,
-            num_levels,
-            level_power,
-            noise_level,
-            num_steps,
-            map_weights,
-            darker_weight,
-            smoothing,
-            num_classes=3,
-            min_foreground=min_foreground,
-            foreground_level=foreground_level,
-            seed=seed,
-            amp=amp,
-        )
-        if solver not in SOLVERS:
-            raise ValueError(f"unknown solver '{solver}': choose one of {', '.join(SOLVERS)}")
+        super().__init__(level_power=level_power, num_classes=3, **kwargs)
+        check_known("solver", solver, SOLVERS)
         self.label_dropout, self.made_share, self.guidance_scale = label_dropout, made_share, guidance_scale
         self.dynamic_normalisation, self.solver, self.half_score = dynamic_normalisation, solver, half_score
         nn.init.zeros_(self.unet.class_embedding.weight)  # the classes begin alike
@@ -188,8 +138,7 @@ class CounterfactualNet(DenoisingSliceNetwork):
         """
         healthy = self.decode(self.encode(image))
         anomaly = self.anomaly_map(image, healthy)
-        score = anomaly.flatten(1).amax(dim=1)
-        return anomaly, healthy, score.clamp(min=1e-6) / (score + self.half_score)  # 0 is for slices that are skipped
+        return anomaly, healthy, abnormality_of(anomaly, self.half_score)
 
     def losses(self, image: Tensor, class_label: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Error of the noise estimate, some of the slices being given without their class.

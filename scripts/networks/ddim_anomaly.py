@@ -10,14 +10,16 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
 from torch import Tensor, nn
 
 from scripts.losses import variational_bound
+from scripts.messages import check_known
 from scripts.networks.denoising import DenoisingSliceNetwork
-from scripts.precision import Amp
+from scripts.networks.slice_network import weighted_difference
 from scripts.samplers import SOLVERS, ddpm, draw_noised, noise_image
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
 
 # the classes of the classifier, named here and nowhere else: guidance runs towards HEALTHY
 HEALTHY, DISEASED = 0, 1
+HEAD_MEDIAN = 0.4  # to which scripts.transforms.ScaleIntensityByForeground brings it
 
 
 class AttentionPool(nn.Module):
@@ -52,38 +54,26 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
     ``fold`` x ``fold`` pixels rearranged into channels, which is exact and makes them four times cheaper (fold 2).
 
     Args:
-        in_channels: number of sequences, C.
-        spatial_size: height and width of a slice; multiples of ``fold`` x 2^(number of the classifier's levels).
-        fold: edge of the pixel block that is folded into channels.
-        channels: channels of the U-Net's levels, multiples of 16; the lowest has attention and is a multiple of 32.
-        classifier_channels: the same for the classifier; its last level but one has attention.
-        schedule: noise schedule, see :func:`scripts.samplers.alphas_cumprod_table`.
-        prediction_type: what the U-Net is trained to return, ``epsilon`` or ``v_prediction``.
-        num_levels: number of noising steps T.
-        level_power: training levels are drawn as T·u^level_power, u uniform; above 1 the lower levels, which are the ones
-            that inference uses, come more often.
-        noise_level: level L up to which a slice is encoded.
+        classifier_channels: channels of the classifier's levels, multiples of 16; its last level but one has attention.
         gradient_scale: guidance scale s; 0 returns the input up to the solver's error.
-        num_steps: number of steps of the encoding and of the decoding.
         guidance_steps: 0 puts the guidance into the noise estimate, as in the paper. That needs many steps: a long one goes
             too far along one gradient, and bright and dark blobs appear where nothing was. k > 0 takes the guidance out of
             the solver: after each of its steps come k short ones along the classifier's gradient, renewed each time. As
             the classifier is far cheaper than the U-Net, few steps of the solver are then enough (operator splitting).
         solver: ``ddim`` (first order, as in the paper), ``heun``, ``multistep`` or ``dpmpp_2m``.
         mode: ``ddim``, or ``ddpm`` for the paper's comparison: noised in one jump, decoded by stochastic sampling.
-        map_weights: weight of each sequence in the anomaly map; None for 1 each, as in the paper.
-        darker_weight: weight of what is darker than its healthy version, against what is brighter; 1 as in the paper.
-        smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none, as in the paper.
+        brightness_weights: weight of each sequence in a second map, which is added to the first: of what is brighter than
+            the head's median. It needs no network, and sees what the healing leaves, such as the middle of large lesions.
+            None for none, as in the paper.
         gate: multiply a slice's anomaly map by its probability of disease, so that what changed in a slice that looks
             healthy counts little; False, as in the paper.
         skip_below: slices with a smaller probability of disease come back as they are, with a map of zero, and cost one call
             of the classifier; 0 for none, as in the paper.
         reference_steps: k > 0 takes from the map what the slice's way through the noise changes without guidance, decoded in
             k steps: what the networks can't restore anyway is no lesion. 0 for none, as in the paper.
-        min_foreground: slices with a smaller share of foreground are skipped and return zero.
-        foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
-        seed: seed of the noise of ``ddpm`` mode; every slice gets the same noise, so that batches do not matter.
-        amp: bfloat16 in the networks, see :func:`scripts.precision.autocast`.
+        kwargs: arguments of :class:`scripts.networks.denoising.DenoisingSliceNetwork`: ``noise_level`` is the level L up to
+            which a slice is encoded, ``spatial_size`` are multiples of ``fold`` x 2^(number of the classifier's levels),
+            ``seed`` is that of ``ddpm`` mode. The paper's map has weights of 1 and no smoothing.
 
     Raises:
         ValueError: for an unknown solver, mode or prediction type, a level beyond ``num_levels``, or a size that can't be
@@ -92,64 +82,32 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        spatial_size: Sequence[int] = (128, 128),
-        fold: int = 2,
-        channels: Sequence[int] = (64, 96, 128),
         classifier_channels: Sequence[int] = (48, 96, 128, 128),
-        schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        num_levels: int = 1000,
-        level_power: float = 1.5,
-        noise_level: int = 300,
         gradient_scale: float = 100.0,
-        num_steps: int = 10,
         guidance_steps: int = 4,
         solver: str = "multistep",
         mode: str = "ddim",
-        map_weights: Sequence[float] | None = None,
-        darker_weight: float = 1.0,
-        smoothing: float = 0.0,
+        brightness_weights: Sequence[float] | None = None,
         gate: bool = False,
         skip_below: float = 0.0,
         reference_steps: int = 0,
-        min_foreground: float = 0.05,
-        foreground_level: float = 0.1,
-        seed: int = 0,
-        amp: Amp = False,
+        **kwargs: object,
     ) -> None:
-        super().__init__(
-            in_channels,
-            spatial_size,
-            fold,
-            channels,
-            schedule,
-            prediction_type,
-            num_levels,
-            level_power,
-            noise_level,
-            num_steps,
-            map_weights,
-            darker_weight,
-            smoothing,
-            outputs=2,  # noise (or v), and the place of the log variance between its bounds
-            min_foreground=min_foreground,
-            foreground_level=foreground_level,
-            seed=seed,
-            amp=amp,
-        )
-        for name, value, known in (("solver", solver, SOLVERS), ("mode", mode, ("ddim", "ddpm"))):
-            if value not in known:
-                raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
-        self._check_size(fold * 2 ** max(len(classifier_channels), len(channels) - 1))
-        self.gradient_scale, self.guidance_steps, self.solver, self.mode = gradient_scale, guidance_steps, solver, mode
-        self.gate, self.skip_below, self.reference_steps = gate, skip_below, reference_steps
+        super().__init__(**kwargs, outputs=2)  # noise (or v), and the place of the log variance between its bounds
+        check_known("solver", solver, SOLVERS)
+        check_known("mode", mode, ("ddim", "ddpm"))
         depth = len(classifier_channels)
+        self._check_weights("brightness_weights", brightness_weights or self.map_weights)
+        self._check_size(self.fold.downscale_factor * 2**depth)
+        self.gradient_scale, self.guidance_steps, self.solver, self.mode = gradient_scale, guidance_steps, solver, mode
+        self.brightness_weights = brightness_weights
+        self.gate, self.skip_below, self.reference_steps = gate, skip_below, reference_steps
+        size = [edge // self.fold.downscale_factor for edge in self.spatial_size]
         self.classifier = DiffusionModelEncoder(
             spatial_dims=2,
             in_channels=self.folded_channels,
             out_channels=2,
-            input_shape=[size // fold for size in spatial_size],
+            input_shape=size,
             channels=classifier_channels,
             attention_levels=[level == depth - 2 for level in range(depth)],
             num_res_blocks=1,
@@ -158,7 +116,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             use_flash_attention=self.in_float32,
         )
         # MONAI's dense head knows every place by heart; pooling by attention needs few patients
-        lowest = [size // fold // 2**depth for size in spatial_size]
+        lowest = [edge // 2**depth for edge in size]
         self.classifier.out = nn.Sequential(
             nn.Unflatten(1, (classifier_channels[-1], *lowest)), AttentionPool(classifier_channels[-1], 2)
         )
@@ -174,6 +132,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             "solver": "ddim",
             "mode": "ddim",
             "smoothing": 0.0,
+            "brightness_weights": None,
             "skip_below": 0.0,
             "reference_steps": 0,
         }
@@ -252,6 +211,10 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)
         return (x + 1) / 2
 
+    def brightness(self, image: Tensor) -> Tensor:
+        """What is brighter than a head's median, by ``brightness_weights``: (B, C, H, W) in [0, 1] to (B, 1, H, W)."""
+        return weighted_difference(image, HEAD_MEDIAN, self.brightness_weights, 0.0, self.smoothing)
+
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), pseudo-healthy slices (B, C, H, W) and probability of disease (B,).
 
@@ -268,6 +231,8 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             if self.reference_steps:
                 restored = self.decode(noised, target=None, num_steps=self.reference_steps)
                 anomaly[chosen] = (anomaly[chosen] - self.anomaly_map(image[chosen], restored)).clamp(min=0)
+            if self.brightness_weights:
+                anomaly[chosen] += self.brightness(image[chosen])
         if self.gate:
             anomaly = anomaly * probability.view(-1, 1, 1, 1)
         return anomaly, healthy, probability

@@ -8,6 +8,7 @@ import torch
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import Tensor, nn
 
+from scripts.messages import check_known
 from scripts.networks.slice_network import SliceNetwork, weighted_difference
 from scripts.precision import Amp, arithmetic, autocast
 from scripts.samplers import alphas_cumprod_table, level_grid, noise_from_v
@@ -29,10 +30,11 @@ class DenoisingSliceNetwork(SliceNetwork):
         schedule: noise schedule, see :func:`scripts.samplers.alphas_cumprod_table`.
         prediction_type: what the U-Net is trained to return, ``epsilon`` or ``v_prediction``.
         num_levels: number of noising steps T.
-        level_power: training levels are drawn as T·u^level_power, u uniform.
+        level_power: training levels are drawn as T·u^level_power, u uniform; above 1 the lower levels, which are the ones
+            that inference uses, come more often.
         noise_level: level up to which a slice is noised.
         num_steps: number of steps of a way up or down.
-        map_weights: weight of each sequence in the anomaly map; None for 1 each.
+        map_weights: weight of each sequence in the anomaly map, negative to count against the others; None for 1 each.
         darker_weight: weight of what is darker than its healthy version, against what is brighter.
         smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none.
         num_classes: number of classes, if the U-Net is told one with each slice; None if not.
@@ -49,19 +51,19 @@ class DenoisingSliceNetwork(SliceNetwork):
 
     def __init__(
         self,
-        in_channels: int,
-        spatial_size: Sequence[int],
-        fold: int,
-        channels: Sequence[int],
-        schedule: str,
-        prediction_type: str,
-        num_levels: int,
-        level_power: float,
-        noise_level: int,
-        num_steps: int,
-        map_weights: Sequence[float] | None,
-        darker_weight: float,
-        smoothing: float,
+        in_channels: int = 3,
+        spatial_size: Sequence[int] = (128, 128),
+        fold: int = 2,
+        channels: Sequence[int] = (64, 96, 128),
+        schedule: str = "linear",
+        prediction_type: str = "epsilon",
+        num_levels: int = 1000,
+        level_power: float = 1.5,
+        noise_level: int = 500,
+        num_steps: int = 10,
+        map_weights: Sequence[float] | None = None,
+        darker_weight: float = 1.0,
+        smoothing: float = 0.0,
         num_classes: int | None = None,
         outputs: int = 1,
         min_foreground: float = 0.05,
@@ -70,9 +72,7 @@ class DenoisingSliceNetwork(SliceNetwork):
         amp: Amp = False,
     ) -> None:
         super().__init__(in_channels, spatial_size, min_foreground, foreground_level, seed, amp)
-        known = ("epsilon", "v_prediction")
-        if prediction_type not in known:
-            raise ValueError(f"unknown prediction_type '{prediction_type}': choose one of {', '.join(known)}")
+        check_known("prediction_type", prediction_type, ("epsilon", "v_prediction"))
         if not 1 <= noise_level <= num_levels:
             raise ValueError(f"noise_level must lie in 1 ... {num_levels}, got {noise_level}")
         self._check_size(fold * 2 ** (len(channels) - 1))
@@ -80,8 +80,7 @@ class DenoisingSliceNetwork(SliceNetwork):
         self.noise_level, self.num_steps = noise_level, num_steps
         self.map_weights = tuple(map_weights or [1.0] * in_channels)
         self.darker_weight, self.smoothing = darker_weight, smoothing
-        if len(self.map_weights) != in_channels:
-            raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
+        self._check_weights("map_weights", self.map_weights)
         # fused attention and channels_last are a tenth faster on a CPU, but their gradients in bfloat16 a third slower
         self.in_float32 = arithmetic(self, torch.device("cpu")) == "float32"
         self.folded_channels = in_channels * fold**2
@@ -105,6 +104,10 @@ class DenoisingSliceNetwork(SliceNetwork):
     def _check_size(self, multiple: int) -> None:
         if any(size % multiple for size in self.spatial_size):
             raise ValueError(f"spatial_size must be multiples of {multiple}, got {self.spatial_size}")
+
+    def _check_weights(self, name: str, weights: Sequence[float]) -> None:
+        if len(weights) != self.in_channels:
+            raise ValueError(f"{name} must be {self.in_channels} numbers, one for each sequence, got {weights}")
 
     def _run(self, network: nn.Module, x: Tensor, t: Tensor | int, **more: Tensor) -> Tensor:
         """Call a sub-network on the folded x; level t is the networks' step t - 1, counted from 0."""

@@ -12,6 +12,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import Tensor, nn
 
 from scripts.losses import gaussian_kl
+from scripts.messages import check_known
 from scripts.networks.healthy_model import HealthyModel, HealthySettings, Mapper, blur, evenness, map_by_healing, reduced
 from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import autocast
@@ -64,10 +65,8 @@ class LatentSettings(HealthySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant '{self.variant}': choose one of {', '.join(VARIANTS)}")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"unknown solver '{self.solver}': choose one of {', '.join(SOLVERS)}")
+        check_known("variant", self.variant, VARIANTS)
+        check_known("solver", self.solver, SOLVERS)
         levels = (*self.band, *(self.score_band or ()), self.start_level)
         if not all(1 <= level <= self.num_levels for level in levels):
             raise ValueError(f"band, score_band and start_level must lie in 1 ... {self.num_levels}")

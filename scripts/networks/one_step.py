@@ -9,6 +9,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import Tensor, nn
 
 from scripts.corruptions import foreign_content, inside_of_head, random_blobs
+from scripts.messages import check_known
 from scripts.networks.slice_network import SliceNetwork, abnormality_of, weighted_difference
 from scripts.noise import coarse_noise
 from scripts.precision import Amp, autocast
@@ -81,8 +82,7 @@ class OneStepNet(SliceNetwork):
         amp: Amp = False,
     ) -> None:
         super().__init__(in_channels, spatial_size, min_foreground, foreground_level, seed, amp)
-        if corruption not in CORRUPTIONS:
-            raise ValueError(f"unknown corruption '{corruption}': choose one of {', '.join(CORRUPTIONS)}")
+        check_known("corruption", corruption, CORRUPTIONS)
         if gate and corruption != "made":
             raise ValueError(f"a network that learned from '{corruption}' does not say where: set gate to false")
         if num_steps < 1:

@@ -9,6 +9,7 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
+from scripts.messages import check_known
 from scripts.networks.segmentation_network import MaskUNet, SegmentationNetwork
 from scripts.samplers import SOLVERS, STOCHASTIC, alphas_cumprod_table, draw_noised, level_grid, noise_from_v
 
@@ -64,12 +65,8 @@ class SegmentationEnsembleNet(SegmentationNetwork):
         **kwargs: object,
     ) -> None:
         super().__init__(in_channels, spatial_size, **kwargs)
-        for name, value, known in (
-            ("solver", solver, (*DETERMINISTIC, *STOCHASTIC)),
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
+        check_known("solver", solver, (*DETERMINISTIC, *STOCHASTIC))
+        check_known("prediction_type", prediction_type, PREDICTION_TYPES)
         multiple = fold * 2 ** (len(channels) - 1)
         if any(size % multiple for size in spatial_size):
             raise ValueError(f"spatial_size must be multiples of {multiple}, got {tuple(spatial_size)}")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from scripts.messages import check_known
 from scripts.networks.denoising import DenoisingSliceNetwork
 from scripts.networks.slice_network import abnormality_of
 from scripts.noise import NOISES
-from scripts.precision import Amp
 from scripts.samplers import SOLVERS, STOCHASTIC, draw_noised, noise_image
 
 __all__ = ["SimplexNet"]
@@ -32,29 +32,14 @@ class SimplexNet(DenoisingSliceNetwork):
     and so is a single step of ``ddim``. As the repeats are averaged anyhow, a repeat needs no more than one call.
 
     Args:
-        in_channels: number of sequences, C.
-        spatial_size: height and width of a slice; multiples of ``fold`` x 2^(number of levels - 1).
-        fold: edge of the pixel block that is folded into channels.
-        channels: channels of the U-Net's levels, multiples of 16; the lowest has attention and is a multiple of 32.
         noise: kind of the noise, one of :data:`scripts.noise.NOISES`; the one that the U-Net has learned with.
-        schedule: noise schedule, see :func:`scripts.samplers.alphas_cumprod_table`.
-        prediction_type: what the U-Net is trained to return, ``epsilon`` (as in the paper) or ``v_prediction``.
-        num_levels: number of noising steps T.
-        level_power: training levels are drawn as T·u^level_power, u uniform.
-        noise_level: level up to which a slice is noised. The paper's 250 is of noise with half the standard deviation.
-        num_steps: number of steps down.
         solver: ``ancestral`` (as in the paper) or ``dpmpp_2m_sde``, which draw noise in each step; or ``ddim``, ``heun``,
             ``multistep``, ``dpmpp_2m``, which draw none after the first.
         num_repeats: number of healthy versions, each with noise of its own, of which the mean is taken.
         squared: take the square of each difference, as in the paper.
-        map_weights: weight of each sequence in the anomaly map, negative to count against the others; None for 1 each.
-        darker_weight: weight of what is darker than its healthy version, against what is brighter.
-        smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none.
         half_score: a slice's largest value of the map that makes its abnormality 0.5, to be taken from lesion-free slices.
-        min_foreground: slices with a smaller share of foreground are skipped and return zero.
-        foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
-        seed: seed of all noise; every slice gets the same noise, so that batches do not matter.
-        amp: bfloat16 in the network, see :func:`scripts.precision.autocast`.
+        kwargs: arguments of :class:`scripts.networks.denoising.DenoisingSliceNetwork`. The paper's ``noise_level`` of 250 is
+            of noise with half the standard deviation, its ``prediction_type`` is ``epsilon``.
 
     Raises:
         ValueError: for an unknown noise, solver or prediction type, no repeat, a level beyond ``num_levels``, weights that
@@ -63,51 +48,18 @@ class SimplexNet(DenoisingSliceNetwork):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        spatial_size: Sequence[int] = (128, 128),
-        fold: int = 2,
         channels: Sequence[int] = (32, 64, 96, 128),
         noise: str = "octaves",
-        schedule: str = "linear",
         prediction_type: str = "v_prediction",
-        num_levels: int = 1000,
-        level_power: float = 1.5,
-        noise_level: int = 250,
-        num_steps: int = 1,
         solver: str = "ddim",
         num_repeats: int = 8,
         squared: bool = False,
-        map_weights: Sequence[float] | None = None,
-        darker_weight: float = 1.0,
-        smoothing: float = 0.0,
         half_score: float = 0.1,
-        min_foreground: float = 0.05,
-        foreground_level: float = 0.1,
-        seed: int = 0,
-        amp: Amp = False,
+        **kwargs: object,
     ) -> None:
-        super().__init__(
-            in_channels,
-            spatial_size,
-            fold,
-            channels,
-            schedule,
-            prediction_type,
-            num_levels,
-            level_power,
-            noise_level,
-            num_steps,
-            map_weights,
-            darker_weight,
-            smoothing,
-            min_foreground=min_foreground,
-            foreground_level=foreground_level,
-            seed=seed,
-            amp=amp,
-        )
-        for name, value, known in (("noise", noise, NOISES), ("solver", solver, [*STOCHASTIC, *SOLVERS])):
-            if value not in known:
-                raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
+        super().__init__(channels=channels, prediction_type=prediction_type, **kwargs)
+        check_known("noise", noise, NOISES)
+        check_known("solver", solver, [*STOCHASTIC, *SOLVERS])
         if num_repeats < 1:
             raise ValueError(f"num_repeats must be 1 or more, got {num_repeats}")
         self.colour, self.solver, self.num_repeats = NOISES[noise], solver, num_repeats
@@ -156,19 +108,9 @@ class SimplexNet(DenoisingSliceNetwork):
         return draw
 
     def anomaly_map(self, image: Tensor, healthy: Tensor) -> Tensor:
-        """Map (B, 1, H, W), 0 or more, of slices and their healthy versions (B, C, H, W).
-
-        The weighted sum of the differences, or of their squares if ``squared``. A sequence of negative weight counts
-        against the others, unless it repeats one of positive weight, which stands in for it and would be cancelled.
-        """
+        """That of all denoising networks; of the squares of the differences, with their signs, if ``squared``."""
         difference = image - healthy
-        for c, weight in enumerate(self.map_weights):
-            if weight < 0:
-                wanted = [other for other, positive in enumerate(self.map_weights) if positive > 0]
-                repeats = (image[:, wanted] == image[:, c, None]).flatten(2).all(dim=2).any(dim=1)
-                difference[repeats, c] = 0
-        difference = difference * difference.abs() if self.squared else difference
-        return super().anomaly_map(difference, torch.zeros_like(difference)).clamp(min=0)
+        return super().anomaly_map(image, image - difference * difference.abs() if self.squared else healthy)
 
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), healthy version (B, C, H, W) and abnormality (B,) in [0, 1] of slices (B, C, H, W)."""

@@ -102,14 +102,15 @@ class SliceNetwork(nn.Module):
 
 
 def weighted_difference(
-    image: Tensor, healthy: Tensor, weights: Sequence[float], darker_weight: float, smoothing: float
+    image: Tensor, healthy: Tensor | float, weights: Sequence[float], darker_weight: float, smoothing: float
 ) -> Tensor:
     """Anomaly map of slices and their healthy versions: the weighted sum of the absolute differences.
 
     Args:
         image: slices (B, C, H, W).
-        healthy: their healthy versions, (B, C, H, W).
-        weights: weight of each channel.
+        healthy: their healthy versions, (B, C, H, W), or a grey level.
+        weights: weight of each channel. One of negative weight counts against the others, unless it repeats one of positive
+            weight, which stands in for it and would be cancelled.
         darker_weight: weight of what is darker than its healthy version, against what is brighter.
         smoothing: standard deviation in pixels of a Gaussian filter over the map; 0 for none.
 
@@ -118,8 +119,13 @@ def weighted_difference(
     """
     difference = image - healthy
     difference = difference.clamp(min=0) + darker_weight * (-difference).clamp(min=0)
+    wanted = [c for c, weight in enumerate(weights) if weight > 0]
+    for c in (c for c, weight in enumerate(weights) if weight < 0):
+        repeats = (image[:, wanted] == image[:, c, None]).flatten(2).all(dim=2).any(dim=1)
+        difference[repeats, c] = 0
     anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(weights)).unsqueeze(1)
-    return GaussianFilter(spatial_dims=2, sigma=smoothing).to(image.device)(anomaly) if smoothing > 0 else anomaly
+    anomaly = GaussianFilter(spatial_dims=2, sigma=smoothing).to(image.device)(anomaly) if smoothing > 0 else anomaly
+    return anomaly.clamp(min=0)
 
 
 def abnormality_of(anomaly: Tensor, half_score: float) -> Tensor:

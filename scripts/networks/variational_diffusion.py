@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scripts.losses import binary_entropy, gaussian_kl, gradient_difference
+from scripts.messages import check_known
 from scripts.networks.grey_levels import ConvolutionalScore, GreyLevels
 from scripts.networks.med_vdm import DenseCodec, DenseScore
 from scripts.networks.noise_schedules import SCHEDULES, with_slope
@@ -104,15 +105,11 @@ class VariationalDiffusionNet(nn.Module):
     ) -> None:
         super().__init__()
         schedule = schedule or ("monotonic" if model == "medvdm" else "linear")
-        for name, value, known in (
-            ("model", model, GAMMA_RANGES),
-            ("schedule", schedule, SCHEDULES),
-            ("weighting", weighting, WEIGHTINGS),
-            ("detail", detail, DETAILS),
-            ("sampler", sampler, SAMPLERS),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
+        check_known("model", model, GAMMA_RANGES)
+        check_known("schedule", schedule, SCHEDULES)
+        check_known("weighting", weighting, WEIGHTINGS)
+        check_known("detail", detail, DETAILS)
+        check_known("sampler", sampler, SAMPLERS)
         if num_steps < 1 or (num_timesteps is not None and num_timesteps < 1):
             raise ValueError(f"num_steps ({num_steps}) and num_timesteps ({num_timesteps}) must be at least 1")
         if weighting == "mixed" and model != "image":

@@ -8,11 +8,13 @@ from monai.inferers import SliceInferer
 from monai.networks.layers import GaussianFilter
 from torch import nn
 
+from scripts.networks.anomaly_baselines import BrightNet
 from scripts.networks.ddim_anomaly import DISEASED, HEALTHY, DDIMAnomalyNet
 from scripts.samplers import SOLVERS, alphas_cumprod_table
 
 A = alphas_cumprod_table()
 S = 0.25  # spread of the grey levels that the ideal U-Net knows
+SMALL = {"spatial_size": (32, 32), "channels": (16, 32), "classifier_channels": (32, 32)}
 
 
 class IdealUNet(nn.Module):
@@ -57,7 +59,9 @@ def network(in_channels=1, **kwargs):
     """A small network with random weights, those included that start at zero."""
     torch.manual_seed(0)
     kwargs = {"noise_level": 300, "num_steps": 3, "guidance_steps": 1, "min_foreground": 0.0, **kwargs}
-    net = DDIMAnomalyNet(in_channels, (32, 32), channels=(16, 32), classifier_channels=(32, 32), **kwargs)
+    net = DDIMAnomalyNet(
+        in_channels=in_channels, spatial_size=(32, 32), channels=(16, 32), classifier_channels=(32, 32), **kwargs
+    )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))  # the same however they are stored
@@ -106,6 +110,21 @@ def test_the_map_weighs_sequences_and_what_is_darker_as_asked():
     torch.testing.assert_close(net.anomaly_map(image, healthy), 0.5 * weighed[:, :1] + 2 * weighed[:, 1:])
     with pytest.raises(ValueError, match="one for each sequence"):
         network(in_channels=2, map_weights=(1.0,))
+
+
+def test_what_is_brighter_than_the_median_in_one_sequence_and_not_in_another_is_added_to_the_map():
+    settings = {"in_channels": 2, "map_weights": (0.0, 1.0), "gradient_scale": 20.0, "smoothing": 1.0}
+    image, weights = images(channels=2), (-1.5, 1.0)
+    plain, more = (network(**settings, brightness_weights=given)(image) for given in (None, weights))
+    above = (image - 0.4).clamp(min=0)
+    brightness = GaussianFilter(2, sigma=1.0)(above[:, 1:] - 1.5 * above[:, :1]).clamp(min=0)
+    torch.testing.assert_close(more[:, :1], plain[:, :1] + brightness)
+    assert torch.equal(more[:, 1:], plain[:, 1:])
+    control = BrightNet(**SMALL, in_channels=2, brightness_weights=weights, smoothing=1.0, min_foreground=0.0).eval()
+    torch.testing.assert_close(control(image)[:, :1], brightness)
+    assert torch.equal(control(image)[:, 1:3], image)
+    with pytest.raises(ValueError, match="brightness_weights must be 2 numbers"):
+        network(in_channels=2, brightness_weights=(1.0,))
 
 
 def test_the_gate_weighs_the_map_of_a_slice_by_its_probability_of_disease():
@@ -501,9 +520,6 @@ def test_both_networks_see_the_same_noised_slices_at_levels_that_cover_the_sched
 
 
 def test_the_published_procedure_of_guided_ddim_takes_every_level_by_single_steps():
-    network = DDIMAnomalyNet(1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, smoothing=2.0)
-    published = DDIMAnomalyNet(
-        1, (32, 32), channels=(16, 32), classifier_channels=(32, 32), noise_level=20, **network.published
-    )
+    published = network(noise_level=20, **network().published)
     assert published._levels() == list(range(21))
     assert (published.solver, published.guidance_steps, published.smoothing) == ("ddim", 0, 0.0)

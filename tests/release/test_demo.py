@@ -36,7 +36,9 @@ def test_a_network_that_translates_gives_a_volume_with_all_sequences(tmp_path, m
     def build_network(bundle, **settings):
         torch.manual_seed(0)
         kwargs = {**settings, "num_steps": 2, "noise_level": 300}
-        return DDIMAnomalyNet(2, (32, 32), channels=(16, 32), classifier_channels=(32, 32), **kwargs)
+        return DDIMAnomalyNet(
+            in_channels=2, spatial_size=(32, 32), channels=(16, 32), classifier_channels=(32, 32), **kwargs
+        )
 
     monkeypatch.setattr(demo, "build_network", build_network)
     demo.draw_scan(tmp_path, tmp_path / "scan.nii.gz", num_slices=4)
