@@ -1,4 +1,4 @@
-"""Where the brain is in MRI of the whole head, roughly, by thresholds and morphology."""
+"""Where the brain is in MRI of the head, roughly, by thresholds and morphology."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from skimage.morphology import convex_hull_image, disk
 __all__ = ["brain_mask", "brain_masks"]
 
 FAT_DEPTH = 12  # pixels below the skin: deeper in, what is bright in every sequence is no fat, but may be a lesion
+RIM = range(2, 10)  # pixels below the surface: skull, with the scalp on it, or else brain
 LEAST_OVERLAP = 0.6  # share of a part that lies under the brain of the slice above, from which on it is brain
 
 
@@ -34,7 +35,7 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
     It is :func:`brain_mask` of each slice, what lies below a brain (at the base of the skull, the poles of the temporal
     lobes are parts by themselves, each under the brain of the slice above), and the convex hull of these, since a cavity or
     a dark lesion at the surface is a dent. Of 29 patients with a glioma (TCGA-LGG) it holds 93 % of the lesion at least,
-    99.3 % on average, and 57 % of the head.
+    99.3 % on average, and 57 % of the head. Of a scan whose skull was stripped, it is all that is there.
 
     Args:
         volume: (C, H, W, D), slices as of :func:`brain_mask`, from the feet to the head.
@@ -43,6 +44,8 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
         bool (H, W, D).
     """
     found = [_parts(slice_) for slice_ in np.moveaxis(volume, -1, 0)]
+    if _is_stripped(volume, found):
+        return np.stack([head for head, _, _ in found], axis=-1)
     masks = [_largest_part(*of_slice) for of_slice in found]
     largest = int(np.argmax([mask.sum() for mask in masks]))
     for k in range(largest - 1, -1, -1):
@@ -64,6 +67,21 @@ def _parts(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     fat = ndimage.binary_dilation(image.min(axis=0) > 0.7) & (depth <= FAT_DEPTH)
     soft = (image.mean(axis=0) > 0.22) & (depth > 4) & ~fat
     return head, depth, ndimage.label(ndimage.binary_opening(soft, disk(4)))[0]
+
+
+def _is_stripped(volume: np.ndarray, found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bool:
+    """Whether there is no skull in the larger slices of a volume, each pixel's grey the mean of its sequences.
+
+    The skull is dark and what lies on it is bright, so the grey levels change with the depth. In a stripped scan they do
+    not, and are the brain's.
+    """
+    sizes = [head.sum() for head, _, _ in found]
+    large = np.argsort(sizes)[-max(3, len(sizes) // 3) :]
+    grey = volume.mean(axis=0)[..., large]
+    depth = np.stack([found[k][1] for k in large], axis=-1)
+    rings = [grey[(depth > d) & (depth <= d + 1)] for d in RIM]
+    rim = [np.median(ring) if ring.size else 0.0 for ring in rings]
+    return min(rim) > 0.3 and min(rim) > 0.75 * max(rim)
 
 
 def _largest_part(head: np.ndarray, depth: np.ndarray, parts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from conftest import make_whole_head
 
 from scripts.brains import brain_mask, brain_masks
@@ -36,6 +37,15 @@ def test_a_lesion_that_is_bright_in_every_sequence_and_a_cavity_at_the_surface_a
     assert overlap(brain_mask(lesion), brain) > 0.97
     cavity[:, 55:75, 20:45][:, brain[55:75, 20:45]] = 0.05
     assert overlap(brain_masks(cavity[..., None])[..., 0], brain) > 0.95 > overlap(brain_mask(cavity), brain)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_of_a_scan_whose_skull_was_stripped_all_is_brain(num_sequences):
+    image, brain = make_whole_head()
+    stripped = np.where(brain, image, 0)[:num_sequences]
+    found = brain_masks(np.stack([stripped] * 4, axis=-1))
+    assert overlap(found, np.stack([brain] * 4, axis=-1)) > 0.98
+    assert overlap(brain_masks(np.stack([image] * 4, axis=-1))[..., 0], brain) > 0.97
 
 
 def test_where_nothing_is_there_is_no_brain():
