@@ -19,6 +19,7 @@ from scripts.networks.ddim_anomaly import DDIMAnomalyNet
 from scripts.networks.healthy_model import HealthyModel, Mapper, blur, evenness, map_by_healing, reduced
 from scripts.networks.one_step import OneStepNet
 from scripts.networks.simplex import SimplexNet
+from scripts.networks.slice_network import brightness_map
 from scripts.networks.vq_autoencoder import SliceVQVAE
 from scripts.precision import Amp, autocast
 from scripts.samplers import for_batch
@@ -269,7 +270,8 @@ class BrightNet(DDIMAnomalyNet):
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, 1, H, W), the slices themselves, and the probability of disease (B,)."""
         probability = self.probability(image)
-        return self.brightness(image) * (probability.view(-1, 1, 1, 1) if self.gate else 1), image, probability
+        anomaly = brightness_map(image, self.brightness_weights, self.smoothing)
+        return anomaly * (probability.view(-1, 1, 1, 1) if self.gate else 1), image, probability
 
 
 class SmoothNet(OneStepNet):

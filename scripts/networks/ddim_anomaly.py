@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from scripts.losses import variational_bound
 from scripts.messages import check_known
 from scripts.networks.denoising import DenoisingSliceNetwork
-from scripts.networks.slice_network import weighted_difference
+from scripts.networks.slice_network import brightness_map
 from scripts.samplers import SOLVERS, ddpm, draw_noised, noise_image
 
 __all__ = ["DISEASED", "HEALTHY", "AttentionPool", "DDIMAnomalyNet"]
 
 # the classes of the classifier, named here and nowhere else: guidance runs towards HEALTHY
 HEALTHY, DISEASED = 0, 1
-HEAD_MEDIAN = 0.4  # to which scripts.transforms.ScaleIntensityByForeground brings it
 
 
 class AttentionPool(nn.Module):
@@ -62,9 +61,8 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             the classifier is far cheaper than the U-Net, few steps of the solver are then enough (operator splitting).
         solver: ``ddim`` (first order, as in the paper), ``heun``, ``multistep`` or ``dpmpp_2m``.
         mode: ``ddim``, or ``ddpm`` for the paper's comparison: noised in one jump, decoded by stochastic sampling.
-        brightness_weights: weight of each sequence in a second map, which is added to the first: of what is brighter than
-            the head's median. It needs no network, and sees what the healing leaves, such as the middle of large lesions.
-            None for none, as in the paper.
+        brightness_weights: weight of each sequence in a second map, which is added to the first, see
+            :func:`scripts.networks.slice_network.brightness_map`; None for none, as in the paper.
         gate: multiply a slice's anomaly map by its probability of disease, so that what changed in a slice that looks
             healthy counts little; False, as in the paper.
         skip_below: slices with a smaller probability of disease come back as they are, with a map of zero, and cost one call
@@ -211,10 +209,6 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)
         return (x + 1) / 2
 
-    def brightness(self, image: Tensor) -> Tensor:
-        """What is brighter than a head's median, by ``brightness_weights``: (B, C, H, W) in [0, 1] to (B, 1, H, W)."""
-        return weighted_difference(image, HEAD_MEDIAN, self.brightness_weights, 0.0, self.smoothing)
-
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), pseudo-healthy slices (B, C, H, W) and probability of disease (B,).
 
@@ -232,7 +226,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
                 restored = self.decode(noised, target=None, num_steps=self.reference_steps)
                 anomaly[chosen] = (anomaly[chosen] - self.anomaly_map(image[chosen], restored)).clamp(min=0)
             if self.brightness_weights:
-                anomaly[chosen] += self.brightness(image[chosen])
+                anomaly[chosen] += brightness_map(image[chosen], self.brightness_weights, self.smoothing)
         if self.gate:
             anomaly = anomaly * probability.view(-1, 1, 1, 1)
         return anomaly, healthy, probability

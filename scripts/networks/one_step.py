@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scripts.corruptions import foreign_content, inside_of_head, random_blobs
 from scripts.messages import check_known
-from scripts.networks.slice_network import SliceNetwork, abnormality_of, weighted_difference
+from scripts.networks.slice_network import SliceNetwork, abnormality_of, brightness_map, weighted_difference
 from scripts.noise import coarse_noise
 from scripts.precision import Amp, autocast
 from scripts.samplers import for_batch, mean_of_processes
@@ -48,7 +48,9 @@ class OneStepNet(SliceNetwork):
         map_weights: weight of each sequence in the anomaly map; None for 1 each.
         darker_weight: weight of what is darker than its healthy version, against what is brighter.
         smoothing: standard deviation in pixels of the Gaussian filter over the anomaly map; 0 for none.
-        gate: multiply the map by the probability that the place was made, as the network sees it; needs ``made``.
+        brightness_weights: weight of each sequence in a second map, which is added to the first, see
+            :func:`scripts.networks.slice_network.brightness_map`; None for none.
+        gate: multiply the first map by the probability that the place was made, as the network sees it; needs ``made``.
         half_score: a slice's largest value of the map that makes its abnormality 0.5, to be taken from lesion-free slices.
         min_foreground: slices with a smaller share of foreground are skipped and return zero.
         foreground_level: grey level in [0, 1] above which a pixel counts as foreground.
@@ -74,6 +76,7 @@ class OneStepNet(SliceNetwork):
         map_weights: Sequence[float] | None = None,
         darker_weight: float = 1.0,
         smoothing: float = 0.0,
+        brightness_weights: Sequence[float] | None = None,
         gate: bool = False,
         half_score: float = 0.1,
         min_foreground: float = 0.05,
@@ -91,8 +94,10 @@ class OneStepNet(SliceNetwork):
         if any(size % multiple for size in spatial_size):
             raise ValueError(f"spatial_size must be multiples of {multiple}, got {tuple(spatial_size)}")
         self.map_weights = tuple(map_weights or [1.0] * in_channels)
-        if len(self.map_weights) != in_channels:
-            raise ValueError(f"map_weights must have {in_channels} numbers, one for each sequence, got {self.map_weights}")
+        self.brightness_weights = tuple(brightness_weights or ())
+        for name, weights in (("map_weights", self.map_weights), ("brightness_weights", self.brightness_weights)):
+            if weights and len(weights) != in_channels:
+                raise ValueError(f"{name} must be {in_channels} numbers, one for each sequence, got {weights}")
         self.corruption, self.noise_std, self.noise_factor = corruption, noise_std, noise_factor
         self.outside_weight, self.num_steps = outside_weight, num_steps
         self.darker_weight, self.smoothing, self.gate, self.half_score = darker_weight, smoothing, gate, half_score
@@ -138,7 +143,10 @@ class OneStepNet(SliceNetwork):
         healthy, foreign = self.heal(image)
         difference = image.lerp(healthy, foreign) if self.gate else healthy
         anomaly = weighted_difference(image, difference, self.map_weights, self.darker_weight, self.smoothing)
-        return anomaly, healthy, abnormality_of(anomaly, self.half_score)
+        abnormality = abnormality_of(anomaly, self.half_score)
+        if self.brightness_weights:
+            anomaly = anomaly + brightness_map(image, self.brightness_weights, self.smoothing)
+        return anomaly, healthy, abnormality
 
     def corrupt(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Corrupted slices x_1, (B, C, H, W), and where they are, (B, 1, H, W) in [0, 1]; arguments as :meth:`losses`."""

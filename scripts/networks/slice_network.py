@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from scripts.precision import Amp, check_amp
 from scripts.transforms import has_foreground
 
-__all__ = ["SliceNetwork", "abnormality_of", "weighted_difference"]
+__all__ = ["SliceNetwork", "abnormality_of", "brightness_map", "weighted_difference"]
+
+HEAD_MEDIAN = 0.4  # to which scripts.transforms.ScaleIntensityByForeground brings it
 
 
 class SliceNetwork(nn.Module):
@@ -126,6 +128,15 @@ def weighted_difference(
     anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(weights)).unsqueeze(1)
     anomaly = GaussianFilter(spatial_dims=2, sigma=smoothing).to(image.device)(anomaly) if smoothing > 0 else anomaly
     return anomaly.clamp(min=0)
+
+
+def brightness_map(image: Tensor, weights: Sequence[float], smoothing: float) -> Tensor:
+    """Map (B, 1, H, W), 0 or more, of what is brighter than the head's median in slices (B, C, H, W), without any network.
+
+    It sees what a healed slice does not show, such as the middle of a large lesion. Arguments as of
+    :func:`weighted_difference`; for lesions that are bright in one sequence and not in another.
+    """
+    return weighted_difference(image, HEAD_MEDIAN, weights, 0.0, smoothing)
 
 
 def abnormality_of(anomaly: Tensor, half_score: float) -> Tensor:

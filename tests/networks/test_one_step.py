@@ -53,6 +53,14 @@ def test_the_map_weighs_sequences_and_what_is_darker_and_the_gate_only_lowers_it
     assert (gated <= anomaly).all() and (gated < anomaly).any() and gated.any()
 
 
+def test_what_is_brighter_than_the_median_in_one_sequence_and_not_in_another_is_added_to_the_map_and_not_to_the_score():
+    image = images()
+    plain, more = (net(brightness_weights=weights)(image) for weights in (None, (-1.5, 1, 0)))
+    above = (image - 0.4).clamp(min=0)
+    assert_close(more[:, :1], plain[:, :1] + (above[:, 1:2] - 1.5 * above[:, :1]).clamp(min=0))
+    assert torch.equal(more[:, 1:], plain[:, 1:])
+
+
 def test_the_output_of_a_slice_depends_on_no_other():
     network, image = net(), images(3)
     assert_close(network(image)[1:2], network(image[1:2]))
@@ -107,7 +115,8 @@ def test_the_smoothness_control_has_the_weights_and_needs_none():
         ({"corruption": "blobs"}, "unknown corruption 'blobs': choose one of made, noise"),
         ({"corruption": "noise", "gate": True}, "does not say where"),
         ({"num_steps": 0}, "num_steps must be 1 or more"),
-        ({"map_weights": (1, 1)}, "3 numbers"),
+        ({"map_weights": (1, 1)}, "map_weights must be 3 numbers"),
+        ({"brightness_weights": (1, 1)}, "brightness_weights must be 3 numbers"),
         ({"spatial_size": (30, 32)}, "multiples of 4"),
     ],
 )
