@@ -69,6 +69,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             of the classifier; 0 for none, as in the paper.
         reference_steps: k > 0 takes from the map what the slice's way through the noise changes without guidance, decoded in
             k steps: what the networks can't restore anyway is no lesion. 0 for none, as in the paper.
+        classifier_alone: train the classifier alone; the U-Net stays as it is, and costs nothing.
         kwargs: arguments of :class:`scripts.networks.denoising.DenoisingSliceNetwork`: ``noise_level`` is the level L up to
             which a slice is encoded, ``spatial_size`` are multiples of ``fold`` x 2^(number of the classifier's levels),
             ``seed`` is that of ``ddpm`` mode. The paper's map has weights of 1 and no smoothing.
@@ -89,6 +90,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
         gate: bool = False,
         skip_below: float = 0.0,
         reference_steps: int = 0,
+        classifier_alone: bool = False,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs, outputs=2)  # noise (or v), and the place of the log variance between its bounds
@@ -98,8 +100,9 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
         self._check_weights("brightness_weights", brightness_weights or self.map_weights)
         self._check_size(self.fold.downscale_factor * 2**depth)
         self.gradient_scale, self.guidance_steps, self.solver, self.mode = gradient_scale, guidance_steps, solver, mode
-        self.brightness_weights = brightness_weights
+        self.brightness_weights, self.classifier_alone = brightness_weights, classifier_alone
         self.gate, self.skip_below, self.reference_steps = gate, skip_below, reference_steps
+        self.unet.requires_grad_(not classifier_alone)
         size = [edge // self.fold.downscale_factor for edge in self.spatial_size]
         self.classifier = DiffusionModelEncoder(
             spatial_dims=2,
@@ -209,6 +212,18 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             x = SOLVERS[self.solver](partial(self.noise, target=inside), x, levels, self.alphas_cumprod, **outside)
         return (x + 1) / 2
 
+    def anomaly_map(self, image: Tensor, healthy: Tensor, restored: Tensor | None = None) -> Tensor:
+        """Map (B, 1, H, W), 0 or more, of slices and their healthy versions (B, C, H, W).
+
+        Less what is not guided changes as well, if it is given (``restored``), and with what is bright, if that has weights.
+        """
+        anomaly = super().anomaly_map(image, healthy)
+        if restored is not None:
+            anomaly = (anomaly - super().anomaly_map(image, restored)).clamp(min=0)
+        if self.brightness_weights:
+            anomaly = anomaly + brightness_map(image, self.brightness_weights, self.smoothing)
+        return anomaly
+
     def analyse(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anomaly map (B, 1, H, W), pseudo-healthy slices (B, C, H, W) and probability of disease (B,).
 
@@ -221,12 +236,9 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
         if chosen.any():
             noised = self.encode(image[chosen])
             healthy[chosen] = self.decode(noised)
-            anomaly[chosen] = self.anomaly_map(image[chosen], healthy[chosen])
-            if self.reference_steps:
-                restored = self.decode(noised, target=None, num_steps=self.reference_steps)
-                anomaly[chosen] = (anomaly[chosen] - self.anomaly_map(image[chosen], restored)).clamp(min=0)
-            if self.brightness_weights:
-                anomaly[chosen] += brightness_map(image[chosen], self.brightness_weights, self.smoothing)
+            steps = self.reference_steps
+            restored = self.decode(noised, target=None, num_steps=steps) if steps else None
+            anomaly[chosen] = self.anomaly_map(image[chosen], healthy[chosen], restored)
         if self.gate:
             anomaly = anomaly * probability.view(-1, 1, 1, 1)
         return anomaly, healthy, probability
@@ -242,13 +254,13 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
         Returns:
             ``noise``: mean squared error of the U-Net's estimate (Ho et al. 2020, eq. 14); ``variance``: the bound's
             term for the learned variance, in bits (together Nichol & Dhariwal's hybrid objective, whose weight 0.001 times
-            T = 1000 terms is 1); ``classifier``: cross-entropy.
+            T = 1000 terms is 1); ``classifier``: cross-entropy. Only this one where the classifier trains alone.
         """
         x0 = 2 * image - 1
         x, t, noise = draw_noised(x0, self.alphas_cumprod, generator, self.level_power)
+        losses = {"classifier": nn.functional.cross_entropy(self._run(self.classifier, x, t), class_label)}
+        if self.classifier_alone and self.training:
+            return losses
         pred, fraction = self.estimate(x, t)
-        return {
-            "noise": self._noise_error(pred, noise, t),
-            "variance": variational_bound(pred, fraction, noise, t, self.alphas_cumprod),
-            "classifier": nn.functional.cross_entropy(self._run(self.classifier, x, t), class_label),
-        }
+        bound = variational_bound(pred, fraction, noise, t, self.alphas_cumprod)
+        return {"noise": self._noise_error(pred, noise, t), "variance": bound, **losses}

@@ -7,6 +7,7 @@ arXiv 2112.05149.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from scripts.networks.cine_network import as_factors
 from scripts.networks.deformable_diffusion import DeformableDiffusionNet
 from scripts.networks.registration import warp
-from scripts.samplers import ddim, for_batch, level_grid, noise_image
+from scripts.samplers import ddpm, for_batch, level_grid, noise_image
 
 __all__ = ["DiffuseMorphNet"]
 
@@ -79,11 +80,12 @@ class DiffuseMorphNet(DeformableDiffusionNet):
     def synthesise(self, image: Tensor, num_steps: int, generator: torch.Generator) -> Tensor:
         """Make a volume by the diffusion module alone, beginning with the noised moving one (algorithm 2 of the paper).
 
-        What a step takes for the clean volume is clipped to [-1, 1], as in the published code.
+        Steps are ancestral, as in the paper: what they draw makes up for errors of the first ones, which deterministic steps
+        carry to the end. What a step takes for the clean volume is clipped to [-1, 1], as in the published code.
 
         Args:
             image: pairs (B, 2, H, W, D), moving and fixed, in [-1, 1], sizes being multiples of 8.
-            num_steps: steps of DDIM from the last level to none.
+            num_steps: steps from the last level to none.
             generator: source of the noise.
 
         Returns:
@@ -91,8 +93,8 @@ class DiffuseMorphNet(DeformableDiffusionNet):
         """
         moving, fixed = image.float().split(1, dim=1)
         levels = level_grid(len(self.alphas_cumprod) - 1, num_steps)
-        noise = for_batch(torch.randn, moving.shape, generator, moving.device)
-        noised = noise_image(moving, noise, self.alphas_cumprod[-1].to(moving))
+        draw = partial(for_batch, torch.randn, moving.shape, generator, moving.device)
+        noised = noise_image(moving, draw(), self.alphas_cumprod[-1].to(moving))
 
         def model(x: Tensor, t: int) -> Tensor:
             a = self.alphas_cumprod[t].to(x)
@@ -100,4 +102,4 @@ class DiffuseMorphNet(DeformableDiffusionNet):
             clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
             return (x - a.sqrt() * clean) / (1 - a).sqrt()
 
-        return ddim(model, noised, levels[::-1], self.alphas_cumprod)
+        return ddpm(model, noised, levels[::-1], self.alphas_cumprod, draw_noise=lambda _: draw())
