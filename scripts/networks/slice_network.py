@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from monai.networks.layers import GaussianFilter
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from scripts.precision import Amp, check_amp
 from scripts.transforms import has_foreground
@@ -14,6 +15,7 @@ from scripts.transforms import has_foreground
 __all__ = ["SliceNetwork", "abnormality_of", "brightness_map", "weighted_difference"]
 
 HEAD_MEDIAN = 0.4  # to which scripts.transforms.ScaleIntensityByForeground brings it
+FOREGROUND = 0.1  # what is brighter is head
 
 
 class SliceNetwork(nn.Module):
@@ -121,22 +123,46 @@ def weighted_difference(
     """
     difference = image - healthy
     difference = difference.clamp(min=0) + darker_weight * (-difference).clamp(min=0)
-    wanted = [c for c, weight in enumerate(weights) if weight > 0]
     for c in (c for c, weight in enumerate(weights) if weight < 0):
-        repeats = (image[:, wanted] == image[:, c, None]).flatten(2).all(dim=2).any(dim=1)
-        difference[repeats, c] = 0
+        difference[_stood_in_for(image, weights, c), c] = 0
     anomaly = torch.einsum("bchw,c->bhw", difference, difference.new_tensor(weights)).unsqueeze(1)
     anomaly = GaussianFilter(spatial_dims=2, sigma=smoothing).to(image.device)(anomaly) if smoothing > 0 else anomaly
     return anomaly.clamp(min=0)
 
 
 def brightness_map(image: Tensor, weights: Sequence[float], smoothing: float) -> Tensor:
-    """Map (B, 1, H, W), 0 or more, of what is brighter than the head's median in slices (B, C, H, W), without any network.
+    """Map (B, 1, H, W), 0 or more, of what is brighter than the head's median in slices, without any network.
 
-    It sees what a healed slice does not show, such as the middle of a large lesion. Arguments as of
-    :func:`weighted_difference`; for lesions that are bright in one sequence and not in another.
+    It sees what a healed slice does not show, such as the middle of a large lesion. For lesions that are bright in one
+    sequence and not in another. Fat is bright in all of them: where the other one is missing, half of what the other side
+    of the head shows counts in its place.
+
+    Args:
+        image: slices (B, C, H, W), H running from one side of the head to the other.
+        weights: see :func:`weighted_difference`.
+        smoothing: see there.
     """
-    return weighted_difference(image, HEAD_MEDIAN, weights, 0.0, smoothing)
+    bright = weighted_difference(image, HEAD_MEDIAN, weights, 0.0, smoothing)
+    missing = image.new_zeros(len(image), dtype=torch.bool)
+    for c in (c for c, weight in enumerate(weights) if weight < 0):
+        missing |= _stood_in_for(image, weights, c)
+    lessened = (bright - _other_side(bright, image) / 2).clamp(min=0)
+    return torch.where(missing.view(-1, 1, 1, 1), lessened, bright)
+
+
+def _stood_in_for(image: Tensor, weights: Sequence[float], channel: int) -> Tensor:
+    """Of which slices (B, C, H, W) a channel repeats one of positive weight, bool (B,)."""
+    wanted = [c for c, weight in enumerate(weights) if weight > 0]
+    return (image[:, wanted] == image[:, channel, None]).flatten(2).all(dim=2).any(dim=1)
+
+
+def _other_side(bright: Tensor, image: Tensor, reach: int = 3) -> Tensor:
+    """The most that a map (B, 1, H, W) shows within ``reach`` pixels of a pixel's mirror image about the head's middle."""
+    place = torch.arange(image.shape[2], device=image.device)
+    weight = (image > FOREGROUND).any(dim=1).sum(dim=2)
+    middle = (weight * place).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    mirror = (2 * middle.unsqueeze(1) - place).round().long().clamp(0, image.shape[2] - 1)
+    return max_pool2d(bright.gather(2, mirror[:, None, :, None].expand_as(bright)), 2 * reach + 1, 1, reach)
 
 
 def abnormality_of(anomaly: Tensor, half_score: float) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.networks.slice_network import SliceNetwork
+from scripts.networks.slice_network import SliceNetwork, brightness_map
 
 
 class Halved(SliceNetwork):
@@ -44,3 +44,20 @@ def test_every_slice_gets_the_same_noise_which_depends_on_seed_and_stream():
     draws = {(s, i): network(seed=s)._draw(x, network(seed=s)._generator(i)) for s in (0, 1) for i in (0, 1)}
     assert all(torch.equal(noise[0], noise[1]) for noise in draws.values())
     assert len({noise.sum().item() for noise in draws.values()}) == 4
+
+
+def test_what_is_bright_on_both_sides_counts_half_where_the_sequence_against_it_is_missing():
+    flair = torch.zeros(1, 40, 30)
+    flair[:, 7:34] = 0.4  # a head, its middle in column 20
+    flair[:, 10:13, 5:9] = flair[:, 28:31, 5:9] = 0.9  # fat
+    flair[:, 28:31, 20:24] = 0.6  # a lesion
+    t1 = torch.where(flair > 0.8, 0.9, flair.clamp(max=0.4))
+    both, alone = torch.stack([torch.stack([t1[0], flair[0]]), torch.stack([flair[0], flair[0]])]).split(1)
+    expected = torch.zeros(1, 1, 40, 30)
+    expected[..., 28:31, 20:24] = 0.2
+    torch.testing.assert_close(brightness_map(both, (-1.5, 1.0), 0.0), expected)
+    expected[..., 10:13, 5:9] = expected[..., 28:31, 5:9] = 0.25
+    torch.testing.assert_close(brightness_map(alone, (-1.5, 1.0), 0.0), expected)
+    mixed = brightness_map(torch.cat([alone, both]), (-1.5, 1.0), 0.0)
+    torch.testing.assert_close(mixed[1:], brightness_map(both, (-1.5, 1.0), 0.0))
+    torch.testing.assert_close(brightness_map(alone, (0.0, 1.0), 0.0), (flair - 0.4).clamp(min=0)[None])
