@@ -165,7 +165,7 @@ def _mended(name: str, value: Any, known: list[Any]) -> Any:
         if value not in (0, 1):
             raise TypeError(f"must be true or false, got {value}")
         return bool(value)
-    if kinds <= {int, float}:
+    if kinds and kinds <= {int, float}:
         return _number(name, value, whole=float not in kinds)
     if kinds == {list}:
         raise TypeError(f"must be a list such as {json.dumps(known[0])}, got {value}")

@@ -31,7 +31,7 @@ def configurations(bundle: Path) -> list[tuple[str, ...]]:
     """What the bundle's files are run in: inference and training, alone and with every file that goes with them."""
     names = sorted(path.stem for path in (bundle / "configs").glob("*.json") if path.stem != "metadata")
     with_train = [n for n in names if n.startswith(("train_", "multi_gpu_train"))]
-    others = [n for n in names if n.startswith(("control", "evaluate", "multi_gpu_inference"))]
+    others = [n for n in names if n.startswith(("calibrate", "control", "evaluate", "multi_gpu_inference"))]
     return [("inference",), ("train",), *(("train", n) for n in with_train), *(("inference", n) for n in others)]
 
 
@@ -75,6 +75,7 @@ def test_every_configuration_that_initializes_begins_with_the_check():
         (BRAIN, "train", "train#trainer#max_epochs", 3, 3),
         (BRAIN, "train", "train#dataset#data", [{"image": "a"}], [{"image": "a"}]),
         (HEAD_CT, "inference", "class_folder", "null", None),
+        (HEAD_CT, "inference", "framed_usual", "null", None),
         (CARDIAC, "inference", "ends", [0, 3], [0, 3]),
         (CHEST, "inference", "label", "null", None),
         (CHEST, "inference", "number", 1e1, 10),

@@ -289,6 +289,16 @@ def test_evaluation_measures_the_quantiles_anew_if_asked(pictures, tmp_path):
     assert stored["best_dice"] != anew["best_dice"]
 
 
+def test_what_framed_slices_give_is_measured_in_the_form_of_the_shipped_table(pictures, tmp_path):
+    args = ("--dataset_dir", pictures, "--output_dir", tmp_path, "--times", 2)
+    done = run_forked(BUNDLE, "['configs/inference.json','configs/calibrate_framed.json']", *args)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "framed_usual.json").read_text(encoding="utf-8"))
+    shipped = ConfigParser.load_config_file(BUNDLE / "configs" / "inference.json")["framed_usual"]
+    assert list(table) == list(shipped) and shipped["50"] < 0.5 < shipped["97.5"] < 0.6
+    assert list(table.values()) == sorted(table.values())
+
+
 def test_both_stages_train_resume_and_their_weights_run(pictures, tmp_path):
     args = ["--dataset_dir", pictures, "--ckpt_dir", tmp_path / "ckpt", "--output_dir", tmp_path / "log"]
     args += ["--epoch_length", 1, "--batch_size", 2, "--val_interval", 1]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from made_inputs import images_of
@@ -65,7 +67,24 @@ def test_the_index_holds_the_points_of_the_training_images_and_a_training_image_
     network, training, _ = trained
     assert torch.allclose(network.index, network.points(training), atol=1e-5)
     similarity, numbers = network.nearest(training[7:9])
-    assert numbers.tolist() == [7, 8] and torch.allclose(similarity, torch.ones(2), atol=1e-5)
+    assert numbers.tolist() == [7, 8] and torch.allclose(similarity, 1 - network.common[7:9] / 4, atol=1e-5)
+
+
+def test_what_is_common_is_the_similarity_to_the_most_similar_of_the_other_training_images(trained):
+    network, training, _ = trained
+    points = network.points(training)
+    likeness = torch.stack([network.points(turn(training, orientation)) @ points.T for orientation in range(8)]).amax(dim=0)
+    likeness.fill_diagonal_(0)
+    assert torch.allclose(network.common, likeness.amax(dim=0), atol=1e-3)
+    assert torch.equal(network.common.half().float(), network.common)
+
+
+def test_a_training_image_that_is_alike_to_many_has_to_be_more_alike_to_count(trained):
+    network, training, _ = trained
+    other, image = copy.deepcopy(network), altered_copies(training[7:8], seeded(), ("blur", "noise"), share=1.0)
+    before = network.nearest(image)[0]
+    other.common[7] += 0.2
+    assert torch.allclose(other.nearest(image)[0], before - 0.05, atol=1e-5)
 
 
 def test_no_more_held_out_images_than_the_rate_are_above_the_limit(trained):
@@ -82,7 +101,8 @@ def test_a_mirrored_or_turned_copy_is_as_similar_as_the_image_itself(trained):
     network, training, _ = trained
     for orientation in range(8):
         similarity, numbers = network.nearest(turn(training[7:9], orientation))
-        assert numbers.tolist() == [7, 8] and torch.allclose(similarity, torch.ones(2), atol=1e-4), orientation
+        expected = 1 - network.common[7:9] / 4
+        assert numbers.tolist() == [7, 8] and torch.allclose(similarity, expected, atol=1e-4), orientation
 
 
 def test_gain_and_offset_of_the_grey_levels_change_a_point_little():
