@@ -13,19 +13,21 @@ import fire
 from monai.bundle import ConfigParser
 
 from scripts import speed
-from scripts.bundle import configuration
+from scripts.bundle import build_network, configuration
 from scripts.fingerprint import Fingerprint
 from scripts.messages import tell_errors_in_one_line
 from scripts.release.demo import draw_cine, draw_scan
 from scripts.release.download import DownloadError
 from scripts.release.download import download as fetch
 from scripts.release.package import package_all
+from scripts.release.phantoms import draw_abdomen, draw_abdomens, paint_boxes
 from scripts.release.report import report as write_report
 from scripts.release.verify import run_inference
 from scripts.release.verify import verify as faults_of
 from scripts.tasks.anomaly.benchmark import compare_with_published, grey_level_baseline, tune
 from scripts.tasks.anomaly.comparison import Method, compare_methods, methods_of
 from scripts.tasks.anomaly.evaluation import choose_floor
+from scripts.tasks.anomaly.painted import outside_check, painted_table
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -261,7 +263,7 @@ def fingerprint(name: str, dataset_dir: str, foreground: float = 0.1, **settings
 
 
 def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
-    """Draw a scan that shows no patient, with the bundle's diffusion model; for a bundle of cines, a beating phantom.
+    """Draw a scan that shows no patient, with the bundle's diffusion model; for cines and abdomens, a phantom.
 
     Args:
         name: bundle.
@@ -274,8 +276,67 @@ def draw(name: str, path: str, seed: int = 0, num_slices: int = 8) -> None:
     meta = json.loads((_bundle(name) / "configs" / "metadata.json").read_text(encoding="utf-8"))
     if "source" in meta["network_data_format"]["inputs"]["image"]["channel_def"].values():
         draw_cine(Path(path), num_slices, seed)
+    elif "organ" in configuration(_bundle(name), "inference"):
+        draw_abdomen(Path(path), num_slices, seed)
     else:
         draw_scan(_bundle(name), Path(path), num_slices, seed)
+
+
+def phantoms(folder: str, number: int = 12, contrast: float = 60.0, seed: int = 0) -> None:
+    """Write made CTs, two of three with a tumour in the pancreas, in the layout of the Medical Segmentation Decathlon.
+
+    Args:
+        folder: folder to write, which must not be there yet.
+        number: number of patients.
+        contrast: by how many HU a tumour is darker than the organ, on average.
+        seed: seed of the patients.
+    """
+    try:
+        draw_abdomens(Path(folder), number, contrast, seed)
+    except FileExistsError:
+        sys.exit(f"{folder}: is there already, and is not replaced; name another folder")
+
+
+def paint(boxes: str, folder: str, copies: int = 3, seed: int = 0) -> None:
+    """Paint tumours into pictures of healthy organs, to train and measure on: folders healthy, diseased and masks.
+
+    Args:
+        boxes: folder of pictures <patient>_<anything>.png, cut round healthy organs at one magnification.
+        folder: folder to write, which must not be there yet.
+        copies: how many tumours are painted into each, one a copy.
+        seed: seed of the tumours.
+    """
+    try:
+        print(f"{paint_boxes(Path(boxes), Path(folder), copies, seed=seed)} pictures with a tumour in {folder}")
+    except FileExistsError:
+        sys.exit(f"{folder}: is there already, and is not replaced; name another folder")
+
+
+def painted(name: str, dataset_dir: str, output_dir: str = "painted", section: str = "test", **settings: object) -> None:
+    """Measure a bundle on painted tumours, over their contrast and size, beside a plain threshold; writes painted.csv.
+
+    Args:
+        name: bundle that takes slices of one channel.
+        dataset_dir: folder that `paint` has written.
+        output_dir: folder to write to.
+        section: section of the patients; the thresholds are chosen on the validation section.
+        settings: other arguments of the network.
+    """
+    painted_table(build_network(_bundle(name), **settings), dataset_dir, output_dir, section)
+
+
+def outside(name: str, healthy_dir: str, tumour_dir: str, section: str = "test", **settings: object) -> None:
+    """Print what a bundle's probability tells of boxes round real tumours, and what size, darkness and noise alone tell.
+
+    Args:
+        name: bundle that takes slices of one channel.
+        healthy_dir: boxes round healthy organs, <patient>_<anything>.png.
+        tumour_dir: boxes round tumours, likewise.
+        section: section of the healthy patients; all tumours are taken.
+        settings: other arguments of the network.
+    """
+    for figure, auroc in outside_check(build_network(_bundle(name), **settings), healthy_dir, tumour_dir, section).items():
+        print(f"AUROC of {figure}: {auroc:.3f}")
 
 
 def package(*names: str, output: str = "dist", url_base: str = "") -> None:
@@ -338,6 +399,10 @@ def main() -> None:
             "compare": compare,
             "fingerprint": fingerprint,
             "draw": draw,
+            "phantoms": phantoms,
+            "paint": paint,
+            "painted": painted,
+            "outside": outside,
             "package": package,
             "download": download,
             "report": report,

@@ -25,7 +25,7 @@ from scipy import ndimage
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-BRAIN, ONE_STEP, COUNTERFACTUAL, HEAD_CT, CARDIAC, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX = BUNDLES = [
+BRAIN, ONE_STEP, COUNTERFACTUAL, HEAD_CT, CARDIAC, CHEST, SEGMENTATION, REGISTRATION, SIMPLEX, PANCREAS = BUNDLES = [
     ROOT / "bundles" / name
     for name in (
         "brain_mri_anomaly_ddim",
@@ -37,6 +37,7 @@ BRAIN, ONE_STEP, COUNTERFACTUAL, HEAD_CT, CARDIAC, CHEST, SEGMENTATION, REGISTRA
         "brain_mri_segmentation_ensemble",
         "cardiac_mri_registration_diffusemorph",
         "brain_mri_anomaly_simplex",
+        "pancreas_ct_anomaly_ddim",
     )
 ]
 LGG = ROOT.parent / "shared" / "data" / "lgg"

@@ -25,6 +25,7 @@ from conftest import ROOT, make_cine, make_ct_slice, make_head, save_nifti
 
 from scripts.files import sha256_of
 from scripts.release.package import package
+from scripts.release.phantoms import draw_abdomen
 
 ENVIRONMENT = Path(os.environ.get("MONAILABEL_VENV", ROOT / ".venv-monailabel")).absolute()
 PYTHON = ENVIRONMENT / "bin" / "python"
@@ -37,6 +38,7 @@ ONE_STEP, SIMPLEX = "brain_mri_anomaly_one_step", "brain_mri_anomaly_simplex"
 COUNTERFACTUAL = "brain_mri_anomaly_counterfactual"
 MRI, CT, CINE = "brain_mri_anomaly_ddim", "head_ct_anomaly_ldm", "cardiac_mri_deformable_diffusion"
 ENSEMBLE, REGISTRATION = "brain_mri_segmentation_ensemble", "cardiac_mri_registration_diffusemorph"
+ABDOMEN = "pancreas_ct_anomaly_ddim"
 # what is asked for: few steps, to be quick, and every voxel in the mask that has anything in the map
 QUICK = {
     MRI: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.02, "min_volume": 0.0},
@@ -47,6 +49,7 @@ QUICK = {
     CINE: {"num_frames": 2, "min_motion": 0.1},
     ENSEMBLE: {"num_samples": 2, "num_steps": 2, "threshold": 0.02},
     REGISTRATION: {"refinement_steps": 2, "min_motion": 0.1},
+    ABDOMEN: {"num_steps": 2, "guidance_steps": 1, "threshold": 0.001, "min_volume": 0.0},
 }
 # one setting of the network (frames leave the mask of what moves as it is), one of the postprocessing
 CHANGES = {
@@ -58,6 +61,7 @@ CHANGES = {
     CINE: ({"min_motion": 0.5},),
     ENSEMBLE: ({"num_steps": 1}, {"threshold": 0.6}),
     REGISTRATION: ({"refinement_steps": 1}, {"min_motion": 0.5}),
+    ABDOMEN: ({"gradient_scale": 30.0}, {"threshold": 0.5}),
 }
 
 # beside a CPU build of PyTorch, PyPI's torchvision lacks its own operators, which nobody here needs
@@ -145,7 +149,7 @@ def turned(image: nib.Nifti1Image) -> nib.Nifti1Image:
 
 
 def save_studies(folder: Path) -> Path:
-    """Made scans of brain MRI, one of them turned, with masks, and a made head CT without one, in the server's layout."""
+    """Made scans of brain MRI, one of them turned, with masks, and made CTs and a cine without, in the server's layout."""
     for seed in range(3):
         scan, mask = make_head(2, seed=seed)
         for path, data in ((folder, scan), (folder / "labels" / "final", mask)):
@@ -155,6 +159,7 @@ def save_studies(folder: Path) -> Path:
     grey = np.stack([make_ct_slice(seed) for seed in range(2)], axis=-1)
     save_nifti(folder / "ct_0.nii.gz", np.interp(grey, (0, 25, 255), (-1024, -25, 130)).astype(np.int16))
     save_nifti(folder / "cine_0.nii.gz", make_cine()[0])
+    draw_abdomen(folder / "abdomen_0.nii.gz", num_slices=3)  # with the mask of its pancreas beside it
     return folder
 
 
@@ -224,7 +229,7 @@ def run_bundle(server: Server, name: str, image: str, output: Path, **settings: 
 
 
 def scan_for(name: str) -> str:
-    return {CT: "ct_0", CINE: "cine_0", REGISTRATION: "cine_0"}.get(name, "mri_1")
+    return {CT: "ct_0", CINE: "cine_0", REGISTRATION: "cine_0", ABDOMEN: "abdomen_0"}.get(name, "mri_1")
 
 
 def test_info_names_every_packaged_bundle_with_its_settings_and_its_trainer(server):

@@ -15,7 +15,17 @@ from monai.utils import ensure_tuple
 
 from scripts.data.sections import SECTIONS, checked_section, section_by_order, take_section
 
-__all__ = ["add_slice_labels", "find_cases", "folder_pair", "image_cases", "shortened", "training_cases", "visible"]
+__all__ = [
+    "add_slice_labels",
+    "find_cases",
+    "folder_pair",
+    "image_cases",
+    "is_folder_pair",
+    "labelled_section",
+    "shortened",
+    "training_cases",
+    "visible",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -318,6 +328,11 @@ def _tell_left_out(
         )
 
 
+def is_folder_pair(dataset_dir: str | Path) -> bool:
+    """Whether a folder has the layout of :func:`folder_pair`."""
+    return all((Path(dataset_dir) / name).is_dir() for name in ("healthy", "diseased"))
+
+
 def folder_pair(dataset_dir: str | Path) -> list[dict]:
     """Cases of a folder with 2-D images in ``healthy/`` and ``diseased/``, as prepared from CheXpert in the DDIM paper.
 
@@ -343,17 +358,13 @@ def image_cases(dataset_dir: str | Path, sequences: Sequence[str], section: str 
         FileNotFoundError: if there is nothing in it, or nothing in the section.
         ValueError: for an unknown section.
     """
-    pair = folder_pair(dataset_dir) if _is_pair(dataset_dir) else []
+    pair = folder_pair(dataset_dir) if is_folder_pair(dataset_dir) else []
     if not pair:
         return find_cases(dataset_dir, sequences, section=section, pictures=True)
     cases = [{**case, "case": case["case"].replace("/", "_")} for case in pair]
     if section == "all":
         return cases
     return checked_section(dataset_dir, section, {name: take_section(cases, name) for name in SECTIONS})
-
-
-def _is_pair(dataset_dir: str | Path) -> bool:
-    return all((Path(dataset_dir) / name).is_dir() for name in ("healthy", "diseased"))
 
 
 def add_slice_labels(cases: list[dict], path: str | Path) -> list[dict]:
@@ -389,11 +400,23 @@ def training_cases(
     Raises:
         FileNotFoundError: if no case of the folder has a label, or none is in the section.
     """
-    if _is_pair(dataset_dir):
-        cases = folder_pair(dataset_dir)
+    if is_folder_pair(dataset_dir):
+        return labelled_section(dataset_dir, folder_pair(dataset_dir), section, **split)
+    return labelled_section(dataset_dir, find_cases(dataset_dir, sequences), section, slice_labels, **split)
+
+
+def labelled_section(
+    dataset_dir: str | Path, cases: list[dict], section: str, slice_labels: str | None = None, **split: object
+) -> list[dict]:
+    """Those of the cases that have a label, a class, or a row for each slice in ``slice_labels``, in one section.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if slice_labels:
+        cases = add_slice_labels(cases, slice_labels)
     else:
-        cases = find_cases(dataset_dir, sequences)
-        cases = add_slice_labels(cases, slice_labels) if slice_labels else [c for c in cases if "label" in c]
+        cases = [case for case in cases if "label" in case or "class_label" in case]
     if not cases:
         raise FileNotFoundError(
             f"{dataset_dir}: no labelled case; training needs masks (<patient>_seg.nii.gz), "

@@ -53,7 +53,8 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
     ``fold`` x ``fold`` pixels rearranged into channels, which is exact and makes them four times cheaper (fold 2).
 
     Args:
-        classifier_channels: channels of the classifier's levels, multiples of 16; its last level but one has attention.
+        classifier_channels: channels of the classifier's levels, multiples of 16.
+        classifier_attention: level of the classifier that has attention, counted from the end, such as -2.
         gradient_scale: guidance scale s; 0 returns the input up to the solver's error.
         guidance_steps: 0 puts the guidance into the noise estimate, as in the paper. That needs many steps: a long one goes
             too far along one gradient, and bright and dark blobs appear where nothing was. k > 0 takes the guidance out of
@@ -82,6 +83,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
     def __init__(
         self,
         classifier_channels: Sequence[int] = (48, 96, 128, 128),
+        classifier_attention: int = -2,
         gradient_scale: float = 100.0,
         guidance_steps: int = 4,
         solver: str = "multistep",
@@ -110,7 +112,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
             out_channels=2,
             input_shape=size,
             channels=classifier_channels,
-            attention_levels=[level == depth - 2 for level in range(depth)],
+            attention_levels=[level == depth + classifier_attention for level in range(depth)],
             num_res_blocks=1,
             num_head_channels=32,
             norm_num_groups=16,
@@ -160,11 +162,15 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
         """First part of :meth:`estimate`."""
         return self.estimate(x, t, target)[0]
 
+    def classify(self, x: Tensor, t: Tensor | int) -> Tensor:
+        """Logits (B, 2) of the classes, ``HEALTHY`` and ``DISEASED``, of noised slices at level t."""
+        return self._run(self.classifier, x, t)
+
     def gradient(self, x: Tensor, t: int, target: int = HEALTHY) -> Tensor:
         """Gradient of log p(target | x, t) by x, (B, C, H, W)."""
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            log_p = self._run(self.classifier, x, t).log_softmax(dim=1)[:, target].sum()
+            log_p = self.classify(x, t).log_softmax(dim=1)[:, target].sum()
             return torch.autograd.grad(log_p, x)[0]
 
     def guide(self, x: Tensor, t: int, s: int, target: int = HEALTHY) -> Tensor:
@@ -184,7 +190,7 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
     def probability(self, image: Tensor) -> Tensor:
         """Probability (B,) that a slice (B, C, H, W) in [0, 1] is diseased, of the slice without noise."""
         with torch.no_grad():
-            return self._run(self.classifier, 2 * image - 1, 0).softmax(dim=1)[:, DISEASED]
+            return self.classify(2 * image - 1, 0).softmax(dim=1)[:, DISEASED]
 
     def encode(self, image: Tensor) -> Tensor:
         """Slices (B, C, H, W) in [0, 1] to noised images at level ``noise_level``, without guidance."""
@@ -258,9 +264,13 @@ class DDIMAnomalyNet(DenoisingSliceNetwork):
         """
         x0 = 2 * image - 1
         x, t, noise = draw_noised(x0, self.alphas_cumprod, generator, self.level_power)
-        losses = {"classifier": nn.functional.cross_entropy(self._run(self.classifier, x, t), class_label)}
-        if self.classifier_alone and self.training:
-            return losses
+        losses = {"classifier": nn.functional.cross_entropy(self.classify(x, t), class_label)}
+        return losses if self.classifier_alone and self.training else {**self._noise_losses(x, t, noise), **losses}
+
+    def _noise_losses(self, x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Losses of the U-Net, see :meth:`losses`."""
         pred, fraction = self.estimate(x, t)
-        bound = variational_bound(pred, fraction, noise, t, self.alphas_cumprod)
-        return {"noise": self._noise_error(pred, noise, t), "variance": bound, **losses}
+        return {
+            "noise": self._noise_error(pred, noise, t),
+            "variance": variational_bound(pred, fraction, noise, t, self.alphas_cumprod),
+        }

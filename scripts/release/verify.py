@@ -165,18 +165,17 @@ def _run_faults(bundle: Path, meta: dict) -> Iterator[str]:
 
 def _orientation_faults(bundle: Path, meta: dict) -> Iterator[str]:
     """The same scan stored with other axes must give the same result, voxel by voxel."""
-    scan = nib.load(bundle / "docs" / "demo.nii.gz")
-    slices = slice(scan.shape[2] // 2 - 1, scan.shape[2] // 2 + 1)
-    data = np.asarray(scan.dataobj)[:, :, slices]
     flips = nib.orientations.axcodes2ornt("ASL")  # no axis stays where it was
-    turned = nib.Nifti1Image(data, scan.affine).as_reoriented(
-        nib.orientations.ornt_transform(nib.io_orientation(scan.affine), flips)
-    )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "scans").mkdir()
-        nib.save(nib.Nifti1Image(data, scan.affine), root / "scans" / "plain.nii.gz")
-        nib.save(turned, root / "scans" / "turned.nii.gz")
+        for path in (bundle / "docs").glob("demo*.nii.gz"):  # the scan, and masks that belong to it
+            scan = nib.load(path)
+            slices = slice(scan.shape[2] // 2 - 1, scan.shape[2] // 2 + 1)
+            plain = nib.Nifti1Image(np.asarray(scan.dataobj)[:, :, slices], scan.affine)
+            turned = plain.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(scan.affine), flips))
+            for name, stored in (("plain", plain), ("turned", turned)):
+                nib.save(stored, root / "scans" / path.name.replace("demo", name, 1))
         run_inference(bundle, root / "scans", root / "out")
         for ending in sorted(p.name.removeprefix("plain_")[:-7] for p in (root / "out" / "plain").glob("*.nii.gz")):
             plain, other = (nib.load(root / "out" / name / f"{name}_{ending}.nii.gz") for name in ("plain", "turned"))

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from monai.config import NdarrayOrTensor, PathLike
+from monai.utils import convert_to_numpy
 
 from scripts.figures import (
     LABEL_COLOR,
@@ -40,6 +41,8 @@ def overview(
     vmax: float | None = None,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     slices: Sequence[int] | None = None,
+    region: NdarrayOrTensor | None = None,
+    grey_range: Sequence[float] | None = None,
 ) -> None:
     """Overview picture of one case as PNG, a row a slice.
 
@@ -62,7 +65,14 @@ def overview(
         vmax: upper end of the map's colour scale; the 99.8th percentile of the shown slices if not given.
         spacing: size of a voxel along the three axes, in mm.
         slices: the slices to show, from the top, in place of a choice of ``num_rows``.
+        region: (1, H, W, D), what was looked at where above 0, such as an organ: the picture is cut to its surroundings.
+        grey_range: grey levels, in the units of ``image``, shown black and white; its least and nearly its largest if not
+            given.
     """
+    if region is not None and (region > 0).any():
+        around = _surroundings(convert_to_numpy(region)[0] > 0, slice_dim)
+        image, healthy, anomaly_map, mask = (volume[around] for volume in (image, healthy, anomaly_map, mask))
+        label = label if label is None else label[around]
     picture, restored = (slices_last(volume, channel, slice_dim) for volume in (image, healthy))
     anomaly, found = (slices_last(volume, 0, slice_dim) for volume in (anomaly_map, mask))
     outlines = {columns[3]: (found > 0, {"colors": MASK_COLOR, "linewidths": 1.5})}
@@ -71,7 +81,7 @@ def overview(
         outlines = {"label": (slices_last(label, 0, slice_dim) > 0, wide), **outlines}
 
     chosen = choose_slices(picture, found > 0, num_rows) if slices is None else np.asarray(slices)
-    grey = grey_scale(picture)
+    grey = grey_scale(picture) if grey_range is None else {"cmap": "gray", "vmin": grey_range[0], "vmax": grey_range[1]}
     vmax = vmax or np.percentile(anomaly[..., chosen], 99.8) or anomaly[..., chosen].max() or 1.0
     heat = {"cmap": "inferno", "vmin": 0, "vmax": vmax}
     extend = "max" if anomaly[..., chosen].max() > vmax else "neither"
@@ -84,6 +94,17 @@ def overview(
     right, up = (size for axis, size in enumerate(spacing) if axis != slice_dim)
     legend = {name: line for name, (_, line) in outlines.items()}
     draw_panels(path_or_buffer, panels, chosen, title, legend, (right, up))
+
+
+def _surroundings(region: np.ndarray, slice_dim: int, margin: float = 0.3) -> tuple[slice, ...]:
+    """Slices (C, H, W, D) round a region, bool (H, W, D), with a margin of its size in the plane."""
+    around = [slice(None)]
+    for axis in range(3):
+        places = np.flatnonzero(region.any(axis=tuple(other for other in range(3) if other != axis)))
+        low, high = places[0], places[-1] + 1
+        more = 0 if axis == slice_dim else round(margin * (high - low))
+        around.append(slice(max(low - more, 0), high + more))
+    return tuple(around)
 
 
 def guidance_table_figure(path: PathLike | BinaryIO, rows: Sequence[Mapping[str, float]]) -> None:

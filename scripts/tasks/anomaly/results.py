@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class CaseSaver(FolderSaver):
         case_score: takes those of a case's slices, (D,), to that of the case; None for the largest.
         more_scores: further keys, and columns, of the same kind, each with what takes those of the slices to the case's.
         picture: whether to draw the overview picture.
+        grey_range: see :func:`scripts.tasks.anomaly.figures.overview`, which is cut to the surroundings of ``organ``, if the
+            case has one.
     """
 
     endings = ("seg.nii.gz", "map.nii.gz", "healthy.nii.gz", "seg.dcm", "overview.png")
@@ -54,9 +56,10 @@ class CaseSaver(FolderSaver):
         slice_score: str = "probability",
         case_score: Callable[[Tensor], float] | None = None,
         more_scores: Mapping[str, Callable[[Tensor], float]] | None = None,
+        grey_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__(output_dir, meta, weights, picture)
-        self.channel, self.slice_score = channel, slice_score
+        self.channel, self.slice_score, self.grey_range = channel, slice_score, grey_range
         self.scores = {slice_score: case_score or (lambda slices: slices.max().item()), **(more_scores or {})}
 
     def write(self, folder: Path, name: str, case: Mapping[str, Any]) -> None:
@@ -75,6 +78,8 @@ class CaseSaver(FolderSaver):
                 label=upright(case["label"]) if case.get("label") is not None else None,
                 title=name,
                 channel=self.channel,
+                region=upright(case["organ"]) if case.get("organ") is not None else None,
+                grey_range=self.grey_range,
             )
 
     def figures(self, case: Mapping[str, Any]) -> dict[str, str]:

@@ -98,6 +98,7 @@ def test_the_picture_shows_all_upright_with_the_label_and_the_channel_that_was_a
     case = {**finding(), "label": volume(1, dtype=np.uint8)}
     saver(tmp_path, channel=1).save(case)
     assert (shown.pop("title"), shown.pop("channel")) == ("case1", 1)
+    assert shown.pop("region") is None and shown.pop("grey_range") is None
     names = {"image": "image", "healthy": "healthy", "label": "label", "anomaly_map": "map", "mask": "pred"}
     assert set(shown) == set(names)
     for name, key in names.items():
