@@ -53,7 +53,8 @@ def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "brain_mri_anomaly_brightness"
     shutil.copytree(BRAIN, folder, symlinks=True)
     (folder / "scripts").unlink()
-    (folder / "configs" / "control_flair.json").unlink()  # which has the other network's classifier
+    for control in (folder / "configs").glob("control_*.json"):  # they have the other network's classifier
+        control.unlink()
     (folder / "scripts").symlink_to(ROOT / "scripts")
     (folder / "brightness_anomaly.py").write_text(NETWORK, encoding="utf-8")
     for name in ("inference", "train"):
