@@ -146,8 +146,8 @@ def brightness_map(image: Tensor, weights: Sequence[float], smoothing: float) ->
     missing = image.new_zeros(len(image), dtype=torch.bool)
     for c in (c for c, weight in enumerate(weights) if weight < 0):
         missing |= _stood_in_for(image, weights, c)
-    lessened = (bright - _other_side(bright, image) / 2).clamp(min=0)
-    return torch.where(missing.view(-1, 1, 1, 1), lessened, bright)
+    bright[missing] = (bright[missing] - _other_side(bright[missing], image[missing]) / 2).clamp(min=0)
+    return bright
 
 
 def _stood_in_for(image: Tensor, weights: Sequence[float], channel: int) -> Tensor:
