@@ -236,3 +236,25 @@ def own_imports() -> Iterator[None]:
     sys.path[:] = path
     forget_code()
     sys.modules.update(before)
+
+
+def infer_made_heads(bundle: Path, folder: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """A bundle's inference of a patient, a 4-D file, FLAIR alone and a file that is bad: the output folder, the process."""
+    scan, _ = make_head()
+    save_patient(folder / "scans", "good_patient")
+    save_nifti(folder / "scans" / "good_4d.nii.gz", scan)
+    save_nifti(folder / "scans" / "good_flair_only.nii.gz", scan[..., 1])
+    save_nifti(folder / "scans" / "bad_two_sequences.nii.gz", scan[..., :2])
+    args = ("--dataset_dir", folder / "scans", "--output_dir", folder / "output")
+    return folder / "output", run_forked(bundle, "configs/inference.json", *args)
+
+
+def check_made_heads(output: Path, done: subprocess.CompletedProcess) -> None:
+    """The good ones of :func:`infer_made_heads` are finished, and the bad one is named last."""
+    assert done.returncode == 1 and "bad_two_sequences" in done.stderr.strip().splitlines()[-1]
+    rows = rows_of(output / "results.csv")
+    assert sorted(row["case"] for row in rows) == ["good_4d", "good_flair_only", "good_patient"]
+    assert all(0 < float(row["abnormality"]) < 1 for row in rows)
+    endings = ("files.csv", "healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
+    for row in rows:
+        assert sorted(p.name for p in (output / row["case"]).iterdir()) == [f"{row['case']}_{e}" for e in endings]

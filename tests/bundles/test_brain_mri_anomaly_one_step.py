@@ -6,37 +6,33 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import LGG, ONE_STEP, files_below, make_head, rows_of, run_forked, save_nifti, save_patient
+from conftest import (
+    LGG,
+    ONE_STEP,
+    check_made_heads,
+    files_below,
+    infer_made_heads,
+    make_head,
+    rows_of,
+    run_forked,
+    save_nifti,
+    save_patient,
+)
 
 from scripts.bundle import configuration
 from scripts.data.layouts import find_cases
 from scripts.data.sections import section_of
 from scripts.metrics import dice
 
-ENDINGS = ("files.csv", "healthy.nii.gz", "map.nii.gz", "overview.png", "seg.nii.gz")
-
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     """A patient, a 4-D file, FLAIR alone and a bad file, after inference."""
-    scans = tmp_path_factory.mktemp("scans")
-    scan, _ = make_head()
-    save_patient(scans, "good_patient")
-    save_nifti(scans / "good_4d.nii.gz", scan)
-    save_nifti(scans / "good_flair_only.nii.gz", scan[..., 1])
-    save_nifti(scans / "bad_two_sequences.nii.gz", scan[..., :2])
-    output = scans.parent / "one_step_output"
-    return output, run_forked(ONE_STEP, "configs/inference.json", "--dataset_dir", scans, "--output_dir", output)
+    return infer_made_heads(ONE_STEP, tmp_path_factory.mktemp("one_step"))
 
 
 def test_good_cases_are_finished_although_one_fails(cohort):
-    output, done = cohort
-    assert done.returncode == 1 and "bad_two_sequences" in done.stderr.strip().splitlines()[-1]
-    rows = rows_of(output / "results.csv")
-    assert sorted(row["case"] for row in rows) == ["good_4d", "good_flair_only", "good_patient"]
-    assert all(0 < float(row["abnormality"]) < 1 for row in rows)
-    for row in rows:
-        assert sorted(p.name for p in (output / row["case"]).iterdir()) == [f"{row['case']}_{e}" for e in ENDINGS]
+    check_made_heads(*cohort)
 
 
 def test_the_bright_patch_of_a_made_scan_is_found_and_healed(cohort):
