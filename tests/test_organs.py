@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from scripts.organs import PickLabelsd, RightPartd, WithinMaskd
+from scripts.organs import PickLabelsd, RightPartd, WithinMaskd, likely_organ
 
 
 def volume(values, affine=None, **meta):
@@ -52,3 +52,20 @@ def test_beyond_the_mask_an_image_is_another_or_zero():
     assert torch.equal(WithinMaskd("map", "organ")(data)["map"].as_tensor(), image * mask)
     pasted = WithinMaskd("map", "organ", "scan")(data)["map"].as_tensor()
     assert torch.equal(pasted[:, 0], image[:, 0]) and torch.equal(pasted[:, 1], scan[:, 1])
+
+
+def test_the_likely_organ_of_a_box_is_its_commonest_soft_tissue_with_clefts_filled():
+    rng = np.random.default_rng(0)
+    image, organ = np.zeros((64, 96)), np.zeros((64, 96), bool)
+    image[4:60, 4:92] = 0.15  # fat
+    organ[24:44, 12:84] = True
+    image[organ] = 0.62
+    image[4:16, 60:92] = 0.5  # bowel, further from the middle
+    image[46:58, 20:34] = 0.9  # a vessel
+    image[33:35, 40:48] = 0.2  # a cleft
+    image[4:60, 4:92] += rng.normal(0, 0.02, (56, 88))
+    found = likely_organ(image)
+    assert (found & organ).sum() / (found | organ).sum() > 0.85
+    assert found[33:35, 40:48].all() and not found[4:16].any() and not found[50:].any()
+    assert not likely_organ(np.zeros((40, 40))).any()  # air
+    assert not likely_organ(np.full((40, 40), 0.2)).any()  # fat

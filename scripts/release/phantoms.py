@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from scripts.data.layouts import PICTURES, stem_of, visible
+from scripts.organs import likely_organ
 from scripts.tasks.anomaly.painted import in_frame
 
 __all__ = ["draw_abdomen", "draw_abdomens", "paint_boxes", "paint_tumour"]
@@ -142,39 +143,33 @@ def paint_tumour(
     contrast: Sequence[float] = (10, 60),
     diameter: Sequence[float] = (5, 40),
     window: float = 400.0,
-    tissue: Sequence[float] = (0.42, 0.78),
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Paint a tumour into a slice: a lumpy region with a soft rim, darker, whose texture stays.
+    """Paint a tumour into an organ: a lumpy region with a soft rim, darker, whose texture stays.
 
     Args:
-        image: slice (H, W) in [0, 1], a CT window.
+        image: slice (H, W) in [0, 1], a CT window, 0 beyond the organ.
         rng: source of place, shape, size and contrast.
         contrast: least and largest number of HU by which it is darker.
         diameter: least and largest diameter in pixels; small ones come as often as large ones.
         window: width of the CT window in HU.
-        tissue: grey levels, smoothed, between which soft tissue lies; nothing else is painted.
 
     Returns:
         the painted slice; the mask, bool (H, W), where more than half of the contrast is; and ``contrast`` in HU and
-        ``diameter`` in pixels. Without tissue the slice stays as it is, and the mask is empty.
+        ``diameter`` in pixels. Without an organ the slice stays as it is, and the mask is empty.
     """
-    smooth = ndimage.gaussian_filter(image, 2)
-    soft = (smooth > tissue[0]) & (smooth < tissue[1]) & (ndimage.gaussian_gradient_magnitude(image, 2) < 0.06)
+    organ = ndimage.binary_closing(image > 0)
     rows, columns = np.indices(image.shape)
-    middle = np.array(image.shape)[:, None] / 2
-    places = np.argwhere(ndimage.binary_erosion(soft, iterations=2))
+    places = np.argwhere(ndimage.binary_erosion(organ, iterations=3))
     if not len(places):
         return image, np.zeros(image.shape, bool), {"contrast": 0.0, "diameter": 0.0}
-    weight = np.exp(-(((places.T - middle) / (0.3 * 2 * middle)) ** 2).sum(axis=0))  # the organ is in the middle
-    row, column = places[rng.choice(len(places), p=weight / weight.sum())]
+    row, column = places[rng.integers(len(places))]
     size, darker = rng.uniform(*diameter), rng.uniform(*contrast)
     angle = np.arctan2(rows - row, columns - column)
     rim = 1.0
     for k in (2, 3, 4, 5):
         rim = rim + rng.normal(0, 0.25 / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
     inside = size / 2 * np.clip(rim, 0.4, None) - np.hypot(rows - row, columns - column)  # pixels to the rim
-    share = 1 / (1 + np.exp(-inside / rng.uniform(0.5, 1.5)))
-    share = share * ndimage.gaussian_filter(((smooth > tissue[0]) & (smooth < tissue[1])).astype(float), 1)
+    share = organ / (1 + np.exp(-inside / rng.uniform(0.5, 1.5)))
     painted = np.clip(image - darker / window * share, 0, 1)
     return painted, share > 0.5, {"contrast": darker, "diameter": size}
 
@@ -189,6 +184,8 @@ def paint_boxes(
     seed: int = 0,
 ) -> int:
     """Make pictures to train and measure on: boxes of healthy organs, and the same boxes with painted tumours.
+
+    What lies beyond the organ (:func:`scripts.organs.likely_organ`) is blanked, as a mask blanks it in a CT.
 
     Args:
         boxes: folder of pictures ``<patient>_<anything>.png`` cut round healthy organs, all at one magnification.
@@ -214,7 +211,8 @@ def paint_boxes(
         (folder / name).mkdir(parents=True)
     rows = ["file,contrast,diameter"]
     for number, path in enumerate(paths):
-        healthy = in_frame(np.asarray(Image.open(path).convert("L")), size, size)
+        box = in_frame(np.asarray(Image.open(path).convert("L")), size, size)
+        healthy = box * likely_organ(box / 255).astype(np.uint8)
         Image.fromarray(healthy).save(folder / "healthy" / f"{path.stem}.png")
         for copy in range(copies):
             rng = np.random.default_rng((seed, number, copy))

@@ -20,7 +20,7 @@ from scripts.data.layouts import PICTURES, folder_pair, stem_of, visible
 from scripts.data.sections import section_of
 from scripts.inferers import run_in_batches
 from scripts.metrics import bootstrap_interval, dice
-from scripts.organs import middle_tissue
+from scripts.organs import likely_organ
 from scripts.tables import write_rows
 
 __all__ = ["in_frame", "outside_check", "painted_table", "plain_darkness"]
@@ -33,21 +33,21 @@ PEAK_SHARES = (0.0, 0.2, 0.35, 0.5)
 
 
 def plain_darkness(images: Tensor, sigma: float = 2.0) -> tuple[Tensor, Tensor]:
-    """The control without a network: how much darker a place is than the median of the tissue round it, smoothed.
+    """The control without a network: how much darker a place is than the median of the organ, smoothed.
 
     Args:
-        images: (N, 1, H, W) in [0, 1].
+        images: (N, 1, H, W) in [0, 1], 0 beyond the organ.
         sigma: of the Gaussian filter, in pixels.
 
     Returns:
-        maps (N, 1, H, W), 0 beyond the tissue in the middle, and their largest values (N,).
+        maps (N, 1, H, W), 0 at the rim of the organ and beyond, and their largest values (N,).
     """
     maps = torch.zeros_like(images)
     for image, out in zip(images[:, 0].numpy(), maps[:, 0], strict=True):
-        tissue = middle_tissue(image, (0.3, 0.78))
-        if tissue.any():
-            inner = ndimage.binary_erosion(tissue, iterations=3)  # its rim is darker by the blur
-            darker = np.median(image[tissue]) - ndimage.gaussian_filter(image, sigma)
+        organ = image > 0
+        if organ.any():
+            inner = ndimage.binary_erosion(ndimage.binary_closing(organ), iterations=3)  # its rim is darker by the blur
+            darker = np.median(image[organ]) - ndimage.gaussian_filter(image, sigma)
             out += torch.from_numpy(np.where(inner, darker, 0).clip(0).astype(np.float32))
     return maps, maps.flatten(1).amax(dim=1)
 
@@ -179,7 +179,7 @@ def _boxes(folder: PathLike) -> list[Path]:
 
 def _window(box: np.ndarray, size: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """A window of this size, or smaller, about a place in the tissue of a box."""
-    places = np.argwhere(middle_tissue(box / 255, (0.3, 0.78)))
+    places = np.argwhere(likely_organ(box / 255))
     centre = places[rng.integers(len(places))] if len(places) else np.array(box.shape) // 2
     cut = []
     for place, edge, wanted in zip(centre, box.shape, size, strict=True):
