@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scripts.noise import coarse_noise
 from scripts.samplers import for_batch, from_batch
 
-__all__ = ["ALTERATIONS", "altered_copies", "foreign_content", "inside_of_head", "moved", "random_blobs"]
+__all__ = ["ALTERATIONS", "altered_copies", "foreign_content", "inside_of_head", "moved", "pose", "random_blobs"]
 
 NUM_BLOBS = 3
 PRESENT = (0.85, 0.35, 0.25)  # how often the first, second and third blob is there; in 0.41 of the slices it is one alone
@@ -98,33 +98,46 @@ def foreign_content(image: Tensor, generator: torch.Generator, shift: float = 0.
     return torch.where(chosen < CHANGED, content, image)
 
 
-def moved(image: Tensor, mirrored: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, padding: str = "border") -> Tensor:
-    """Images mirrored left to right, turned, enlarged and shifted, by bilinear interpolation.
+def pose(angle: Tensor, scale: Tensor, shift: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Where each place of an image comes from when it is mirrored left to right, turned, enlarged and shifted.
 
     Args:
-        image: (B, C, H, W) in [0, 1].
-        mirrored: bool (B,).
         angle: (B,), in radians.
         scale: (B,); the image is enlarged by 1 / scale.
         shift: (B, 2), in halves of the image, along the last and the last but one axis.
+        mirrored: bool (B,); None for not at all.
+
+    Returns:
+        (B, 3, 3), affine maps of coordinates from -1 to 1, those along the last axis first.
+    """
+    # the first spatial axis, along which X-rays are mirrored, comes last
+    flip = 1.0 if mirrored is None else torch.where(mirrored, -1.0, 1.0)
+    rows = (
+        torch.stack([scale * angle.cos(), -scale * angle.sin() * flip, shift[:, 0]], dim=1),
+        torch.stack([scale * angle.sin(), scale * angle.cos() * flip, shift[:, 1]], dim=1),
+        torch.tensor([0.0, 0.0, 1.0], device=angle.device).expand(len(angle), 3),
+    )
+    return torch.stack(rows, dim=1)
+
+
+def moved(image: Tensor, poses: Tensor, padding: str = "border") -> Tensor:
+    """Images in other poses, by bilinear interpolation.
+
+    Args:
+        image: (B, C, H, W) in [0, 1].
+        poses: (B, 3, 3), see :func:`pose`.
         padding: what comes in from outside: ``border`` or ``zeros``.
 
     Returns:
         (B, C, H, W) in [0, 1].
     """
-    flip = torch.where(mirrored, -1.0, 1.0)
-    theta = torch.zeros(len(image), 3, 3, device=image.device)
-    # in coordinates from -1 to 1, columns first: the first spatial axis, along which X-rays are mirrored, comes last
-    theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin() * flip
-    theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos() * flip
-    theta[:, :2, 2], theta[:, 2, 2] = shift, 1
     warp = AffineTransform(normalized=True, padding_mode=padding, align_corners=False, reverse_indexing=False)
-    return warp(image, theta).clamp(0, 1)
+    return warp(image, poses).clamp(0, 1)
 
 
 def altered_copies(
     image: Tensor, generator: torch.Generator, kinds: Sequence[str] = ALTERATIONS, share: float = 0.5
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Copies of images as somebody would hide that they are, or as a generative network blurs what it knows by heart.
 
     ``mirror``: left and right. ``quarter turn``: by one to three right angles. ``turn``: by up to 15 degrees. ``shift``: by
@@ -139,7 +152,7 @@ def altered_copies(
         share: how often an image gets each of them, by itself.
 
     Returns:
-        (B, C, H, W) in [0, 1].
+        copies (B, C, H, W) in [0, 1], and their poses (B, 3, 3), see :func:`pose`.
 
     Raises:
         ValueError: for an unknown kind.
@@ -152,14 +165,13 @@ def altered_copies(
     mirror, quarter, turn, shift, crop, contrast, noise, blur = chosen.T
     black = torch.randint(2, (), generator=generator).item()
 
-    copies = moved(
-        image,
-        mirrored=mirror,
+    poses = pose(
         angle=(math.pi / 12) * (2 * u[:, 0] - 1) * turn + (math.pi / 2) * (1 + 3 * u[:, 1]).floor() * quarter,
         scale=1 - 0.25 * u[:, 2] * crop,
         shift=0.25 * (2 * u[:, 3:5] - 1) * shift[:, None],
-        padding="zeros" if black else "border",
+        mirrored=mirror,
     )
+    copies = moved(image, poses, padding="zeros" if black else "border")
 
     def mixed(where: Tensor, changed: Tensor, amount: Tensor | float = 1.0) -> Tensor:
         return copies + (where * amount)[:, None, None, None] * (changed - copies)
@@ -169,4 +181,4 @@ def altered_copies(
     copies = mixed(contrast, gain * copies.clamp(min=1e-6) ** gamma + offset)
     copies = mixed(blur, nn.functional.avg_pool2d(copies, 3, stride=1, padding=1, count_include_pad=False), u[:, 8])
     copies = mixed(noise, copies + 0.1 * for_batch(torch.randn, copies.shape, generator, image.device), u[:, 9])
-    return copies.clamp(0, 1)
+    return copies.clamp(0, 1), poses

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.corruptions import ALTERATIONS, altered_copies, foreign_content, inside_of_head, random_blobs
+from scripts.corruptions import ALTERATIONS, altered_copies, foreign_content, inside_of_head, moved, random_blobs
 
 
 def seeded(seed=0):
@@ -65,14 +65,14 @@ def pictures(number=16):
 
 def test_a_copy_without_alterations_is_the_image():
     image = pictures()
-    assert torch.allclose(altered_copies(image, seeded(), share=0.0), image, atol=1e-5)
-    assert torch.allclose(altered_copies(image, seeded(), kinds=()), image, atol=1e-5)
+    assert torch.allclose(altered_copies(image, seeded(), share=0.0)[0], image, atol=1e-5)
+    assert torch.allclose(altered_copies(image, seeded(), kinds=())[0], image, atol=1e-5)
 
 
 def test_a_mirrored_copy_is_left_to_right_and_a_quarter_turn_keeps_every_pixel():
     image = pictures()
-    assert torch.allclose(altered_copies(image, seeded(), ("mirror",), 1.0), image.flip(2), atol=1e-5)
-    turned = altered_copies(image, seeded(), ("quarter turn",), 1.0)
+    assert torch.allclose(altered_copies(image, seeded(), ("mirror",), 1.0)[0], image.flip(2), atol=1e-5)
+    turned, _ = altered_copies(image, seeded(), ("quarter turn",), 1.0)
     by = [
         [torch.allclose(a, torch.rot90(b, k, (1, 2)), atol=1e-4) for k in (1, 2, 3)]
         for a, b in zip(turned, image, strict=True)
@@ -83,17 +83,26 @@ def test_a_mirrored_copy_is_left_to_right_and_a_quarter_turn_keeps_every_pixel()
 @pytest.mark.parametrize("kind", ALTERATIONS)
 def test_every_kind_of_alteration_changes_the_image_and_stays_in_range(kind):
     image = pictures()
-    copies = altered_copies(image, seeded(), (kind,), 1.0)
+    copies, _ = altered_copies(image, seeded(), (kind,), 1.0)
     assert copies.shape == image.shape and 0 <= copies.min() and copies.max() <= 1
     assert ((copies - image).abs().flatten(1).amax(dim=1) > 1e-3).all()
 
 
 def test_an_alteration_comes_to_its_share_of_the_images():
     image = pictures(400)
-    changed = (altered_copies(image, seeded(), ("mirror",), 0.3) - image).abs().flatten(1).amax(dim=1) > 1e-3
+    changed = (altered_copies(image, seeded(), ("mirror",), 0.3)[0] - image).abs().flatten(1).amax(dim=1) > 1e-3
     assert 0.2 < changed.float().mean() < 0.4
 
 
 def test_an_unknown_alteration_is_refused():
     with pytest.raises(ValueError, match="unknown alteration 'stretch': choose of mirror, "):
         altered_copies(pictures(), seeded(), ("stretch",))
+
+
+def test_an_altered_copy_comes_back_by_the_inverse_of_its_pose():
+    image = torch.nn.functional.interpolate(torch.rand(8, 1, 6, 6, generator=seeded()), size=(48, 48), mode="bilinear")
+    kinds = ("mirror", "quarter turn", "turn", "shift", "crop")
+    copies, poses = altered_copies(image, seeded(1), kinds, 1.0)
+    back = moved(copies, torch.linalg.inv(poses))
+    middle = (slice(None), slice(None), slice(19, 29), slice(19, 29))  # what stays in the image whatever is done
+    assert (back[middle] - image[middle]).abs().max() < 0.05 < (copies[middle] - image[middle]).abs().max()

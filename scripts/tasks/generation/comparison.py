@@ -94,7 +94,8 @@ def copy_tables(
     originals = training[_evenly(len(training), num_planted)]
     generator = torch.Generator().manual_seed(seed)
     planted = {
-        name: altered_copies(originals, generator, kinds, 0.5 if name == "all" else 1.0) for name, kinds in PLANTED.items()
+        name: altered_copies(originals, generator, kinds, 0.5 if name == "all" else 1.0)[0]
+        for name, kinds in PLANTED.items()
     }
     found = []
     for name, way in ways.items():
