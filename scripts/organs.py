@@ -192,9 +192,9 @@ class LeaveOutLowContrastd(MapTransform):
 def likely_organ(image: np.ndarray, spread: float = 0.09) -> np.ndarray:
     """Where the organ in the middle of a box lies, if there is no mask: connected tissue of the commonest grey level.
 
-    That is looked for among the levels of soft tissue, and counts more in the middle; of what is as grey, the part that is
-    nearest to the middle is taken, its clefts and holes filled. In boxes cut round the pancreas it mostly is the pancreas,
-    else the bowel, the stomach or the spleen beside it.
+    That is looked for among the levels of soft tissue, and counts more in the middle. Of what is as grey, the largest part
+    is taken, whose area counts more in the middle, too; its clefts and holes are filled. In boxes cut round the pancreas it
+    mostly is the pancreas, else the bowel, the stomach or the spleen beside it.
 
     Args:
         image: slice (H, W) in [0, 1], a CT window about as wide as 400 HU; 0 round the box.

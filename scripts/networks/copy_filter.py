@@ -148,7 +148,7 @@ class CopyFilter(nn.Module):
         back = torch.linalg.inv(poses) @ pose(beside[:, 0], beside[:, 1].exp(), beside[:, 2:])
         points = self(torch.cat([grey_levels_and_ranks(image), moved(grey_levels_and_ranks(copies), back)]))
         # MONAI's ContrastiveLoss is this, with a tensor of all pairs times all coordinates on the way
-        likeness = (points @ points.T / self.temperature).fill_diagonal_(-torch.inf)
+        likeness = (points @ points.T / self.temperature).fill_diagonal_(-math.inf)
         partner = torch.arange(len(points), device=points.device).roll(len(image))
         return {"contrast": nn.functional.cross_entropy(likeness, partner)}
 
@@ -193,15 +193,17 @@ class CopyFilter(nn.Module):
         """
         levels = levels.repeat_interleave(numbers.shape[1], dim=0)
         wanted, off = self.index[numbers.flatten()], COMMON * self.common[numbers.flatten()]
-        begin, best = VIEWS.to(levels.device)[views.flatten()], torch.full_like(off, -torch.inf)
+        begin, best = VIEWS.to(levels.device)[views.flatten()], torch.full_like(off, -math.inf)
         change = levels.new_zeros(len(levels), 4, requires_grad=True)  # angle, logarithm of the scale, shift
         optimizer = torch.optim.Adam([change])
         for step in range(STEPS + 1):
             with torch.enable_grad():
                 poses = begin @ pose(change[:, 0], change[:, 1].exp(), change[:, 2:])
                 similarity = (self(moved(levels, poses)) * wanted).sum(dim=1)
+                best = torch.maximum(best, similarity.detach() - off)
+                if step == STEPS:
+                    break
                 (change.grad,) = torch.autograd.grad(-similarity.sum(), change)
-            best = torch.maximum(best, similarity.detach() - off)
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
             optimizer.step()
         return best.view_as(numbers)
