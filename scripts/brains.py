@@ -11,6 +11,7 @@ __all__ = ["brain_mask", "brain_masks"]
 FAT_DEPTH = 12  # pixels below the skin: deeper in, what is bright in every sequence is no fat, but may be a lesion
 RIM = range(2, 10)  # pixels below the surface: skull, with the scalp on it, or else brain
 LEAST_OVERLAP = 0.6  # share of a part that lies under the brain of the slice above, from which on it is brain
+GROWTH = 3  # pixels that a brain grows by at most, from its largest slice on to the next
 
 
 def brain_mask(image: np.ndarray) -> np.ndarray:
@@ -34,8 +35,10 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
 
     It is :func:`brain_mask` of each slice, what lies below a brain (at the base of the skull, the poles of the temporal
     lobes are parts by themselves, each under the brain of the slice above), and the convex hull of these, since a cavity or
-    a dark lesion at the surface is a dent. Of 29 patients with a glioma (TCGA-LGG) it holds 93 % of the lesion at least,
-    99.3 % on average, and 57 % of the head. Of a scan whose skull was stripped, it is all that is there.
+    a dark lesion at the surface is a dent. From the largest slice in the middle half of the volume on, it hardly grows, up
+    or down: more in the neck, in the face and at the vertex is no brain. Of 76 patients with a glioma (TCGA-LGG, training
+    and validation) it holds 92 % of the lesion at least, 99.7 % on average, and 56 % of the head. Of a scan whose skull was
+    stripped, it is all that is there.
 
     Args:
         volume: (C, H, W, D), slices as of :func:`brain_mask`, from the feet to the head.
@@ -47,7 +50,8 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
     if _is_stripped(volume, found):
         return np.stack([head for head, _, _ in found], axis=-1)
     masks = [_largest_part(*of_slice) for of_slice in found]
-    largest = int(np.argmax([mask.sum() for mask in masks]))
+    quarter = len(masks) // 4
+    largest = quarter + int(np.argmax([mask.sum() for mask in masks[quarter : len(masks) - quarter]]))
     for k in range(largest - 1, -1, -1):
         _, depth, parts = found[k]
         overlap = np.bincount(parts[masks[k + 1]], minlength=parts.max() + 1) / np.bincount(parts.ravel())
@@ -57,6 +61,11 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
         convex_hull_image(mask) & (depth > 4) if mask.any() else mask
         for mask, (_, depth, _) in zip(masks, found, strict=True)
     ]
+    for slices in (range(largest - 1, -1, -1), range(largest + 1, len(hulls))):
+        last = hulls[largest]
+        for k in slices:
+            hulls[k] &= ndimage.binary_dilation(last, disk(GROWTH)) | ~last.any()
+            last = hulls[k] if hulls[k].any() else last
     return np.stack(hulls, axis=-1)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import make_whole_head
+from scipy import ndimage
 
 from scripts.brains import brain_mask, brain_masks
 
@@ -37,6 +38,15 @@ def test_a_lesion_that_is_bright_in_every_sequence_and_a_cavity_at_the_surface_a
     assert overlap(brain_mask(lesion), brain) > 0.97
     cavity[:, 55:75, 20:45][:, brain[55:75, 20:45]] = 0.05
     assert overlap(brain_masks(cavity[..., None])[..., 0], brain) > 0.95 > overlap(brain_mask(cavity), brain)
+
+
+def test_neck_and_vertex_that_no_skull_parts_are_no_brain_beyond_that_of_the_next_slices():
+    image, brain = make_whole_head()
+    unparted = np.where(image.any(axis=0), 0.5, 0.0)[None].repeat(3, axis=0)
+    assert brain_masks(unparted[..., None]).sum() > 1.1 * brain.sum(), "taken for itself, nearly the whole head"
+    found = brain_masks(np.stack([unparted, image, image, image, image, unparted], axis=-1))
+    grown = ndimage.binary_dilation(brain, iterations=4)
+    assert all(0.95 * brain.sum() < found[..., k].sum() and not (found[..., k] & ~grown).any() for k in range(6))
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])
