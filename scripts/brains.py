@@ -64,7 +64,8 @@ def brain_masks(volume: np.ndarray) -> np.ndarray:
     for slices in (range(largest - 1, -1, -1), range(largest + 1, len(hulls))):
         last = hulls[largest]
         for k in slices:
-            hulls[k] &= ndimage.binary_dilation(last, disk(GROWTH)) | ~last.any()
+            if last.any():  # or else nothing was found so far
+                hulls[k] &= ndimage.binary_dilation(last, disk(GROWTH))
             last = hulls[k] if hulls[k].any() else last
     return np.stack(hulls, axis=-1)
 

@@ -49,6 +49,13 @@ def test_neck_and_vertex_that_no_skull_parts_are_no_brain_beyond_that_of_the_nex
     assert all(0.95 * brain.sum() < found[..., k].sum() and not (found[..., k] & ~grown).any() for k in range(6))
 
 
+@pytest.mark.parametrize("shown", [[0], [7], [0, 7], [3]])
+def test_a_brain_is_found_wherever_in_the_volume_it_is_shown(shown):
+    image, brain = make_whole_head()
+    found = brain_masks(np.stack([image if k in shown else np.zeros_like(image) for k in range(8)], axis=-1))
+    assert [overlap(found[..., k], brain) > 0.97 for k in range(8)] == [k in shown for k in range(8)]
+
+
 @pytest.mark.parametrize("num_sequences", [1, 3])
 def test_of_a_scan_whose_skull_was_stripped_all_is_brain(num_sequences):
     image, brain = make_whole_head()
