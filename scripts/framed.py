@@ -17,9 +17,12 @@ from monai.config import KeysCollection, PathLike
 from monai.transforms import MapTransform
 
 from scripts.files import own_file
+from scripts.inferers import run_in_batches
 from scripts.networks.healthy_model import SCORE_PERCENTILE, Calibration, HealthyModel
+from scripts.one_sided import OneSided
+from scripts.transforms import has_foreground
 
-__all__ = ["AsUnframedd", "framed_usual"]
+__all__ = ["AsUnframedd", "usual_scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class AsUnframedd(MapTransform):
     Args:
         keys: key of the abnormality, as :meth:`scripts.networks.healthy_model.Calibration.abnormality` gives it.
         usual: percentiles of held-out healthy slices that were framed, and their abnormality, such as ``{"50": 0.3,
-            "97.5": 0.6}``, see :func:`framed_usual`; None to leave everything as it is.
+            "97.5": 0.6}``, see :func:`usual_scores`; None to leave everything as it is.
         calibration: returns that of the network.
         ref_key: key of the slices, whose ``meta["framed"]`` says which they are (:class:`scripts.heads.FrameHeadd`).
         allow_missing_keys: don't raise an error if a key is missing.
@@ -80,24 +83,40 @@ class AsUnframedd(MapTransform):
         return d
 
 
-def framed_usual(network: HealthyModel, batches: Iterable[dict], path: PathLike) -> dict[str, float]:
-    """Measure the abnormality of healthy slices that were framed, for :class:`AsUnframedd`.
+def usual_scores(
+    network: HealthyModel, batches: Iterable[dict], one_sided: OneSided, path: PathLike
+) -> dict[str, dict[str, float]]:
+    """Measure the scores of healthy slices that were framed.
 
     Args:
         network: with its weights.
-        batches: dictionaries with ``image``, the slices (B, C, H, W) in [0, 1].
+        batches: dictionaries with ``image``, the slices (B, C, W, H) in [0, 1]; those that show nothing do not count.
+        one_sided: how bright something in a slice is on one side alone.
         path: file that the result is written to, as JSON.
 
     Returns:
-        percentiles and the abnormality there.
+        percentiles and the score there: ``framed_usual`` for :class:`AsUnframedd`, and ``one_sided_usual`` for
+        :class:`scripts.one_sided.OneSided`.
+
+    Raises:
+        ValueError: if no slice shows anything.
     """
-    other = network.with_settings()
-    other.calibrate(batches)
-    scores = network.calibration.abnormality(other.healthy_scores, network.settings).cpu().numpy()
-    found = np.interp(PERCENTILES, np.linspace(0, 100, len(scores)), scores)
-    usual = {f"{percentile:g}": round(float(value), 4) for percentile, value in zip(PERCENTILES, found, strict=True)}
+    abnormality, sides = [], []
+    for batch in batches:
+        image = batch["image"].float()
+        image = image[has_foreground(image, network.foreground_level, network.min_foreground)]
+        if len(image):
+            output, _ = run_in_batches(network, image, len(image))
+            abnormality += output[:, -1].flatten(1).amax(dim=1).tolist()
+            sides += [one_sided.score(*pair) for pair in zip(image[:, 0].numpy(), output[:, 1].numpy(), strict=True)]
+    if not sides:
+        raise ValueError("no slice shows any foreground: there is nothing to measure")
+    usual = {
+        name: {f"{percentile:g}": round(float(np.percentile(scores, percentile)), 4) for percentile in PERCENTILES}
+        for name, scores in (("framed_usual", abnormality), ("one_sided_usual", sides))
+    }
     with own_file(path) as aside:
         aside.write_text(json.dumps(usual) + "\n", encoding="utf-8")
-    share = float((scores > 0.5).mean())
+    share = float((np.array(abnormality) > 0.5).mean())
     logger.info(f"{share:.1%} of the framed healthy slices have an abnormality above 0.5: {json.dumps(usual)}")
     return usual

